@@ -1,0 +1,294 @@
+"""The typed data that rooms hand to one another. Everything a batch can be is on this page.
+
+Shapes: B rows, T tokens a row. True in a mask means "counts". Tensor records are frozen dataclasses registered as
+pytrees; they split, concatenate, select and move whole. Alignment, once and for all:
+
+- the **prediction position** t is where the model, having read tokens[b, :t+1], predicts labels[b, t] (= tokens[b, t+1]
+  within a document). Engines and Scores speak of prediction positions.
+- the **token position** t speaks of tokens[b, t] itself: log_probs[b, t] = log p(tokens[b, t] | tokens[b, :t]) and
+  values[b, t] = V(tokens[b, :t]). Every RL tensor speaks of token positions. `align` is the one way from one to the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+R = TypeVar("R", bound="type[Record]")
+
+
+class Record:
+    """What all tensor records share. Fields are tensors with the batch first, records, or None."""
+
+    def __len__(self) -> int:
+        return len(next(leaf for leaf in pytree.tree_leaves(self) if isinstance(leaf, Tensor)))
+
+    def _map(self, function: Any) -> Self:
+        return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, self)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record on `device`; the copy may run ahead of the host where memory is pinned."""
+        return self._map(lambda leaf: leaf.to(device, non_blocking=True))
+
+    def select(self, index: Tensor | slice) -> Self:
+        """Rows by position (int64 tensor), mask (bool tensor) or slice, in the order given."""
+        return self._map(lambda leaf: leaf[index])
+
+    def split(self, size: int) -> list[Self]:
+        """Consecutive parts of `size` rows, the last one as long as what remains."""
+        return [self.select(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    @classmethod
+    def concat(cls, parts: list[Self]) -> Self:
+        """One record with the rows of `parts` one after another; T must agree (see `pad`)."""
+        return pytree.tree_map(
+            lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts
+        )
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: R) -> R:
+    """A frozen dataclass known to torch's pytrees: an unknown one would reach every pipeline micro-batch whole."""
+    cls = dataclass(frozen=True, eq=False)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    pytree.register_pytree_node(
+        cls,
+        lambda item: ([getattr(item, name) for name in names], None),
+        lambda values, _: cls(*values),
+        serialized_type_name=f"framework.{cls.__name__}",
+    )
+    return cls
+
+
+@record
+class TokenBatch(Record):
+    """Rows of tokens with what each position must predict.
+
+    Two documents "a b c" and "d e" packed into a row of T=6, everything trained, 9 = end of text, 0 in the padding:
+        tokens       [[1, 2, 3, 4, 5, 0]]
+        labels       [[2, 3, 9, 5, 9, 0]]
+        loss_mask    [[1, 1, 1, 1, 1, 0]]
+        positions    [[0, 1, 2, 0, 1, 0]]
+        document_ids [[1, 1, 1, 2, 2, 0]]      0 = padding; attention stays within equal ids
+    """
+
+    tokens: Tensor  # [B, T] int64
+    labels: Tensor  # [B, T] int64, shifted: what position t predicts
+    loss_mask: Tensor  # [B, T] bool, of the labels
+    positions: Tensor  # [B, T] int64
+    document_ids: Tensor  # [B, T] int64
+
+    def inputs(self) -> TokenBatch:
+        return self
+
+
+@record
+class PreferenceBatch(Record):
+    """Pairs of sequences: row b of `chosen` is preferred to row b of `rejected`; both padded to the same T."""
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+    margin: Tensor | None = None  # [B] float: by how much
+
+    def inputs(self) -> TokenBatch:
+        """[2B, T]: the chosen rows, then the rejected ones."""
+        return TokenBatch.concat([self.chosen, self.rejected])
+
+
+@record
+class PromptBatch(Record):
+    """Prompts for generation, padded on the right.
+
+    The prompts "7 8" (row 40 of the stream) and "5" (row 41):
+        tokens [[7, 8], [5, 0]]   token_mask [[1, 1], [1, 0]]   row [40, 41]
+    """
+
+    tokens: Tensor  # [B, P] int64
+    token_mask: Tensor  # [B, P] bool
+    row: Tensor  # [B] int64: position in the prompt stream
+
+
+@record
+class Rollout(Record):
+    """What a generator answered: prompt and response in one row, padded on the right. Token positions.
+
+    Prompt "7 8", response "4 9" with 9 = end of text:
+        tokens         [[7, 8, 4, 9, 0]]
+        token_mask     [[1, 1, 1, 1, 0]]
+        response_mask  [[0, 0, 1, 1, 0]]
+        positions      [[0, 1, 2, 3, 0]]
+        log_probs      [[0, 0, -1.2, -0.3, 0]]     behaviour policy, at the rollout temperature
+        policy_version [[0, 0, 3, 3, 0]]
+        finished       [True]                      it ended with a stop token, not at the length limit
+    """
+
+    tokens: Tensor  # [B, T] int64
+    token_mask: Tensor  # [B, T] bool
+    response_mask: Tensor  # [B, T] bool
+    positions: Tensor  # [B, T] int64
+    log_probs: Tensor  # [B, T] float
+    policy_version: Tensor  # [B, T] int64
+    finished: Tensor  # [B] bool
+    row: Tensor  # [B] int64: position of the prompt in its stream
+    sample: Tensor  # [B] int64: which of the prompt's samples
+
+    def inputs(self) -> TokenBatch:
+        """What the model reads: labels are the tokens shifted by one, the loss mask marks predicted response tokens."""
+        return TokenBatch(
+            tokens=self.tokens,
+            labels=_shift_left(self.tokens),
+            loss_mask=_shift_left(self.response_mask),
+            positions=self.positions,
+            document_ids=self.token_mask.long(),
+        )
+
+
+@record
+class Experience(Record):
+    """A rollout with everything PPO needs, all at token positions, zero outside the response.
+
+    The rollout above, scored 1.0, KL coefficient 0.1, gamma = lambda = 1, values 0.2 and 0.5:
+        old_log_probs [[0, 0, -1.2, -0.3, 0]]   reference_log_probs [[0, 0, -1.0, -0.3, 0]]
+        rewards       [[0, 0, 0.02, 1.0, 0]]    values  [[0, 0, 0.2, 0.5, 0]]
+        returns       [[0, 0, 1.02, 1.0, 0]]    advantages [[0, 0, 0.82, 0.5, 0]] before whitening
+    """
+
+    rollout: Rollout
+    old_log_probs: Tensor  # [B, T] the trainer's own, before the update
+    reference_log_probs: Tensor  # [B, T]
+    values: Tensor  # [B, T] V(tokens[b, :t])
+    rewards: Tensor  # [B, T]
+    advantages: Tensor  # [B, T]
+    returns: Tensor  # [B, T]
+
+    def inputs(self) -> TokenBatch:
+        return self.rollout.inputs()
+
+
+@record
+class Scores(Record):
+    """What a Scorer says of rows, at prediction positions (see `align`)."""
+
+    log_probs: Tensor  # [B, T] of labels, temperature applied
+    entropy: Tensor | None = None  # [B, T] of the next-token distribution
+    values: Tensor | None = None  # [B, T] the scalar head on every hidden state
+    classes: Tensor | None = None  # [B, C] the class head on the last counting token of each row
+
+
+@record
+class Counts(Record):
+    """By what a loss is divided: how much of each unit the whole optimizer step holds, over all ranks."""
+
+    tokens: Tensor  # [1] labels that count
+    sequences: Tensor  # [1] rows
+    pairs: Tensor  # [1] preference pairs
+
+
+Rows = TokenBatch | PreferenceBatch | Rollout | Experience
+Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), both scalars; the mean is sum / weight
+
+
+def count(rows: Rows) -> Counts:
+    """The counts of one rank's rows."""
+    device = rows.inputs().tokens.device
+    pairs = len(rows) if isinstance(rows, PreferenceBatch) else 0
+    return Counts(
+        tokens=rows.inputs().loss_mask.sum().reshape(1),
+        sequences=torch.tensor([len(rows)], device=device),
+        pairs=torch.tensor([pairs], device=device),
+    )
+
+
+def align(x: Tensor) -> Tensor:
+    """From prediction positions to token positions: [B, T] -> [B, T], one step to the right, zero in front."""
+    return torch.cat([x.new_zeros(x.shape[0], 1), x[:, :-1]], dim=1)
+
+
+def _shift_left(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 1:], x.new_zeros(x.shape[0], 1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. Example: Message("user", "以「春」字作五言一联。")."""
+
+    role: str  # system | user | assistant | tool
+    content: str
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """A document to pretrain on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ConversationSample:
+    """A conversation to imitate; the assistant's turns are trained."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceSample:
+    """One prompt, two answers, the first one preferred."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class PromptSample:
+    """A prompt to answer, with the reference answer where the data has one."""
+
+    prompt: tuple[Message, ...]
+    answer: str | None = None
+
+
+Sample = TextSample | ConversationSample | PreferenceSample | PromptSample
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids with what is trained. `loss_mask[i]` says whether ids[i] is a target. Example: ids (7, 8, 4, 9),
+    loss_mask (False, False, True, True)."""
+
+    ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
+class Tokenizer(Protocol):
+    """What rooms may ask of a tokenizer; `tokenization.load` returns one. No room asks which library stands behind it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def end_id(self) -> int: ...  # ends a document and an answer
+    @property
+    def bos_id(self) -> int | None: ...  # in front of a document, where the tokenizer wants one
+    @property
+    def fingerprint(self) -> str: ...  # equal for tokenizers that give equal ids and equal templates
+    def encode(self, text: str) -> list[int]: ...  # no special tokens added; special tokens in `text` are recognised
+    def encode_many(self, texts: list[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...  # the bytes a token adds to a text; b"" for special tokens
+    def render(self, messages: Sequence[Message], generation_prompt: bool) -> str: ...  # the chat template's text
+    def save(self, folder: str) -> None: ...
+
+
+Box = tuple[tuple[int, int], ...]  # of a shard in its logical tensor: (offset, length) per dimension
+ReadBox = Callable[[str, Box], Tensor]  # a source of weights: (logical name, box) -> that part, on the CPU
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is the whole tensor."""
+    return tuple((0, int(size)) for size in shape)

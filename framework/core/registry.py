@@ -1,0 +1,46 @@
+"""One decorator through which names in recipes find code: `@register("advantage", "gae")`.
+
+Recipes hold names only, never class paths, so renaming code cannot break a recipe and a recipe cannot run foreign code.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from framework.core.errors import UsageError, nearest
+
+KINDS = ("advantage", "policy_loss", "reward", "data_format", "family", "tracker", "task", "environment")
+
+T = TypeVar("T")
+_entries: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Enter the decorated object under (kind, name). Entering another object there is an error; re-importing is not."""
+    if kind not in _entries:
+        raise UsageError(f"cannot register kind '{kind}': {nearest(kind, KINDS)}")
+
+    def enter(entry: T) -> T:
+        known = _entries[kind].get(name)
+        if known is not None and _origin(known) != _origin(entry):
+            raise UsageError(f"{kind} '{name}' is registered twice: by {_origin(known)} and by {_origin(entry)}")
+        _entries[kind][name] = entry
+        return entry
+
+    return enter
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The object entered under (kind, name); an unknown name is answered with the nearest one."""
+    try:
+        return _entries[kind][name]
+    except KeyError:
+        raise UsageError(f"unknown {kind} '{name}': {nearest(name, names(kind))}") from None
+
+
+def names(kind: str) -> list[str]:
+    """All names entered under `kind`, sorted."""
+    return sorted(_entries[kind])
+
+
+def _origin(entry: Any) -> str:
+    return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', type(entry).__name__)}"

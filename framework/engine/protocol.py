@@ -1,0 +1,55 @@
+"""What an engine is: one Scorer, its optimizer, and the ranks it is laid out over. Stages and workers know only this."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
+
+LossFn = Callable[[Scores, Rows, Counts], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an optimizer step did. `skipped`: the gradient was not finite and nothing was changed."""
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Collective methods must be called by every rank of the engine in the same order."""
+
+    data_rank: int  # which share of each batch this rank takes
+    data_size: int
+    step_count: int  # optimizer steps taken so far, skipped ones included
+
+    def forward_backward(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
+        """Add the gradient of `loss_fn` over `rows`, this data rank's share, cut into micro-batches inside.
+
+        `counts` are this rank's (derived from `rows` where None); their sum over data ranks reaches `loss_fn`, so that
+        loss = sum / global count under any split. Returns metrics summed over ranks. A loss_fn with the attribute
+        `pointwise = True` is a token_loss(log_probs, entropy, rows, counts) and runs inside the Scorer's forward.
+        """
+
+    def step(self) -> StepReport:
+        """Clip, update, zero the gradients, advance the schedule."""
+
+    def infer(self, rows: Rows) -> Scores:
+        """Scores without gradients at prediction positions, for this data rank's rows, in the update's row shapes."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, full tensor) of every parameter, one at a time. Collective."""
+
+    def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
+        """This rank's part of parameters ("model/NAME") and optimizer states ("optim/KIND/NAME"), without overlap
+        between ranks."""
+
+    def load_shards(self, read: ReadBox) -> None:
+        """Fill this rank's part of what `shards` names from `read`."""
+
+    def load_weights(self, read: ReadBox) -> None:
+        """Fill parameters alone (names without the "model/" prefix); the optimizer starts afresh."""

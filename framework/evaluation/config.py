@@ -1,0 +1,9 @@
+"""Which tasks to run, on how much."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    tasks: list[str] = field(default_factory=list)  # registered tasks, or files that define one
+    limit: int = 0  # examples a task; 0 = all

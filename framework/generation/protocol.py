@@ -1,0 +1,22 @@
+"""What a generator is: weights of its own, prompts in, rollouts out."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from framework.core.records import PromptBatch, Rollout
+from framework.generation.config import SamplingConfig
+
+
+class Generator(Protocol):
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take (logical name, full tensor) of a policy and its version; may be called with a part at a time."""
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, samples: int = 1, seed: int = 0) -> Rollout:
+        """`samples` responses a prompt, rows in the order prompt 0 sample 0, prompt 0 sample 1, ...
+
+        A sampled token is a pure function of (seed, prompts.row, sample, position, logits): law Sampling."""
+
+    def fingerprints(self) -> dict[str, int]:
+        """The sharding-independent hash of every live tensor, by logical name: law Sync."""

@@ -1,0 +1,24 @@
+"""How a tokenizer is trained."""
+
+from dataclasses import dataclass, field
+
+from framework.core.config import Choice, require
+
+
+class TokenizerKind(Choice):
+    CHARACTER = "character"  # every character of the text a token, bytes behind it for all others
+    BPE = "bpe"  # byte-level byte-pair encoding
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: TokenizerKind = TokenizerKind.BPE
+    vocab_size: int = 4096
+    special_tokens: list[str] = field(
+        default_factory=lambda: ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.vocab_size >= 300, f"tokenizer.vocab_size={self.vocab_size} must be at least 300: 256 bytes and more"
+        )

@@ -1,0 +1,59 @@
+"""The numbers of PPO (Schulman et al. 2017; Ouyang et al. 2022), shared by its workers and its loop."""
+
+from dataclasses import dataclass
+
+from framework.core.config import Choice, require
+
+
+class KlKind(Choice):
+    K1 = "k1"
+    K2 = "k2"
+    K3 = "k3"
+
+
+class KlControl(Choice):
+    FIXED = "fixed"
+    ADAPTIVE = "adaptive"  # Ziegler et al. 2019
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts: int = 32  # a PPO iteration
+    samples: int = 1  # a prompt
+    max_prompt_tokens: int = 32
+    max_tokens: int = 32  # of a response
+    temperature: float = 1.0
+    slots: int = 64
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
+        require(min(self.prompts, self.samples, self.max_tokens) >= 1, "rollout sizes must be at least 1")
+
+
+@dataclass(frozen=True)
+class PpoConfig:
+    iterations: int = 10
+    epochs: int = 1
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    value_clip: float = 0.2
+    kl_coefficient: float = 0.05
+    kl_kind: KlKind = KlKind.K1
+    kl_control: KlControl = KlControl.FIXED
+    kl_target: float = 6.0  # nats a response, adaptive only
+    kl_horizon: float = 10000.0  # responses, adaptive only
+    stop_kl: float = 0.0  # end an iteration's update early past this mean approximate KL a token; 0 = never
+    whiten_advantages: bool = True
+    critic_warmup: int = 0  # iterations that train the critic alone
+    entropy_coefficient: float = 0.0
+    missing_eos_penalty: float = 1.0  # subtracted from the score of a response that did not stop
+    score_clip: float = 0.0  # 0 = off
+    advantage: str = "gae"  # a registered advantage
+    policy_loss: str = "clip"  # a registered policy_loss
+
+    def __post_init__(self) -> None:
+        require(self.iterations >= 1 and self.epochs >= 1, "ppo.iterations and ppo.epochs must be at least 1")
+        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "ppo.gamma and ppo.lam must be in [0, 1]")
