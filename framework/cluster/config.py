@@ -6,6 +6,8 @@ from framework.core.config import Choice, require
 
 
 class ClusterKind(Choice):
+    """Where workers live."""
+
     IN_PROCESS = "in_process"  # direct calls in this process; a breakpoint works
     RAY = "ray"
 

@@ -6,14 +6,23 @@ Config dataclasses stand in each room's own `config.py`, free of torch; this pag
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from enum import Enum
+from enum import Enum, EnumMeta
+from pathlib import Path
 from typing import Any
 
 from framework.core.errors import UsageError
 
 
-class Choice(Enum):
-    """An enumerated config value; recipes write the value (`kind: cosine`), code compares the member."""
+class _NamedByValue(EnumMeta):
+    def __getitem__(cls, name: str) -> Any:
+        return next((member for member in cls if member.value == name), None) or super().__getitem__(name)
+
+
+class Choice(Enum, metaclass=_NamedByValue):
+    """An enumerated config value; recipes write the value (`kind: cosine`), code compares the member.
+
+    OmegaConf looks members up by name, `Schedule["cosine"]`; that is why values answer there too.
+    """
 
     def __str__(self) -> str:
         return str(self.value)
@@ -52,3 +61,16 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
     """The dotted keys in which two flat recipes differ, with both values; a missing key is None."""
     keys = sorted(set(a) | set(b))
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def recipes_folder() -> Path:
+    """Where recipes and their corpora stand: inside the installed package, or at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def find_file(path: str) -> str:
+    """`path` as it is, or, for `corpora/...` that is not in the working folder, the one that came with the recipes."""
+    shipped = recipes_folder() / path
+    return str(shipped) if path.startswith("corpora/") and not Path(path).exists() and shipped.exists() else path

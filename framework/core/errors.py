@@ -53,4 +53,4 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean '{close[0]}'?" if close else ""
     listing = f"Choose one of: {', '.join(known)}" if 0 < len(known) <= 24 else ""
-    return " ".join(part for part in (hint, listing) if part) or "there is nothing to choose from"
+    return " ".join(part for part in (hint, listing) if part) or f"there are {len(known)} to choose from"

@@ -6,18 +6,24 @@ from framework.core.config import Choice, require
 
 
 class Precision(Choice):
+    """Numbers that a step computes with."""
+
     FP32 = "fp32"
     BF16 = "bf16"  # bf16 compute, fp32 master weights, optimizer states and reductions
     FP64 = "fp64"  # for proofs
 
 
 class NonFinite(Choice):
+    """What a NaN or infinite gradient does."""
+
     SKIP = "skip"  # leave weights and optimizer alone, count it, go on
     STOP = "stop"
 
 
 @dataclass(frozen=True)
 class EngineConfig:
+    """How forward, backward and update are computed."""
+
     precision: Precision = Precision.FP32
     strict: bool = False  # the explicit attention and padded linears of law On-policy
     compile: bool = False

@@ -10,6 +10,8 @@ from framework.generation.config import SamplingConfig
 
 
 class Generator(Protocol):
+    """Collective where it has several ranks; every token carries the version of the policy that drew it."""
+
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take (logical name, full tensor) of a policy and its version; may be called with a part at a time."""
 

@@ -6,22 +6,30 @@ from framework.core.config import Choice, require
 
 
 class Position(Choice):
+    """How a token knows its place."""
+
     ROTARY = "rotary"  # Su et al. 2021; rotate-half layout
     LEARNED = "learned"  # GPT-2
     NONE = "none"
 
 
 class Norm(Choice):
+    """Which normalisation."""
+
     RMS = "rms"  # Zhang & Sennrich 2019
     LAYER = "layer"  # Ba et al. 2016
 
 
 class NormPlace(Choice):
+    """Where a block normalises: before its sublayers, or after their residual sum."""
+
     PRE = "pre"
     POST = "post"
 
 
 class Activation(Choice):
+    """The feed-forward nonlinearity."""
+
     SWIGLU = "swiglu"  # Shazeer 2020
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"

@@ -6,6 +6,8 @@ from framework.core.config import Choice, require
 
 
 class Schedule(Choice):
+    """Shapes of the learning rate over the steps."""
+
     CONSTANT = "constant"
     LINEAR = "linear"
     COSINE = "cosine"

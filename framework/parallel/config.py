@@ -6,6 +6,8 @@ from framework.core.config import Choice, require
 
 
 class Shard(Choice):
+    """Whether data ranks share out the parameters."""
+
     NONE = "none"  # every data rank holds the whole model
     FULL = "full"  # FSDP2: parameters, gradients and optimizer states are sharded over data ranks
 

@@ -6,12 +6,16 @@ from framework.core.config import Choice, require
 
 
 class TokenizerKind(Choice):
+    """What a token is."""
+
     CHARACTER = "character"  # every character of the text a token, bytes behind it for all others
     BPE = "bpe"  # byte-level byte-pair encoding
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """Vocabulary size, special tokens included, and the pieces that are never split."""
+
     kind: TokenizerKind = TokenizerKind.BPE
     vocab_size: int = 4096
     special_tokens: list[str] = field(

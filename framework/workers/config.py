@@ -6,18 +6,24 @@ from framework.core.config import Choice, require
 
 
 class KlKind(Choice):
+    """Estimators of KL(policy, reference) from samples (Schulman 2020)."""
+
     K1 = "k1"
     K2 = "k2"
     K3 = "k3"
 
 
 class KlControl(Choice):
+    """Whether the KL coefficient moves."""
+
     FIXED = "fixed"
     ADAPTIVE = "adaptive"  # Ziegler et al. 2019
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """How the policy is sampled in an iteration."""
+
     prompts: int = 32  # a PPO iteration
     samples: int = 1  # a prompt
     max_prompt_tokens: int = 32
@@ -33,6 +39,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class PpoConfig:
+    """The update. Coefficients are per token, `missing_eos_penalty` per response."""
+
     iterations: int = 10
     epochs: int = 1
     gamma: float = 1.0

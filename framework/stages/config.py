@@ -1,0 +1,225 @@
+"""What a recipe may say: one frozen dataclass a stage, composed of the rooms' own configs, and the checks across them.
+
+No torch here, so that help, `explain` and refusals are instant.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from framework.checkpoint.config import CheckpointConfig
+from framework.cluster.config import ClusterConfig, ClusterKind
+from framework.core.config import require
+from framework.data.config import BatchConfig, DataConfig
+from framework.engine.config import EngineConfig, Precision, TrainConfig
+from framework.evaluation.config import EvaluationConfig
+from framework.generation.config import GenerationConfig, SamplingConfig
+from framework.models.config import ModelConfig
+from framework.optim.config import OptimConfig
+from framework.parallel.config import ParallelConfig
+from framework.tokenization.config import TokenizerConfig
+from framework.tracking.config import TrackingConfig
+from framework.workers.config import PpoConfig, RolloutConfig
+
+# Keys that change how a run computes but not what: the recipe's hash leaves them out, a raised length continues.
+NOT_IN_HASH = (
+    "parallel",
+    "cluster",
+    "batch.micro_size",
+    "tracking",
+    "checkpoint",
+    "run",
+    "data.cache",
+    "threads",
+    "train.steps",
+    "train.epochs",
+    "train.profile",
+    "ppo.iterations",
+)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """`dir` is the run folder; stages of one pipeline stand side by side under `root`."""
+
+    root: str = "runs"
+    dir: str = "${run.root}/${name}"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every stage has."""
+
+    stage: str = ""
+    name: str = "${stage}"
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None  # torch threads of this process; none = torch's choice
+    deterministic: bool | None = None  # none = true on a CPU, false on a GPU
+    extensions: list[str] = field(default_factory=list)
+    objective: str = ""  # the summary figure that a sweep minimises
+    run: RunPaths = field(default_factory=RunPaths)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: choose auto, cpu or cuda")
+        require(self.threads is None or self.threads >= 1, f"threads={self.threads} must be at least 1")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir)
+
+
+@dataclass(frozen=True)
+class TokenizerRun(RunConfig):
+    """Train a tokenizer on text."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data.train), "data.train is empty; name the files to learn from: data.train=[a.txt]")
+
+
+@dataclass(frozen=True)
+class TrainingRun(RunConfig):
+    """What pretrain, sft and reward_model share."""
+
+    init_from: str = ""  # a Hugging Face folder or a stage's model/ folder: weights, architecture, tokenizer
+    tokenizer: str = ""  # a tokenizer folder, when training from nothing
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data.train), "data.train is empty; name files or folders: data.train=[a.jsonl]")
+        require(
+            not (self.data.valid and self.data.valid_share),
+            "data.valid and data.valid_share are both given; choose one",
+        )
+        self.batch.micro(1)
+
+
+@dataclass(frozen=True)
+class PretrainRun(TrainingRun):
+    """Learn to predict the next token of plain text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.init_from) != bool(self.tokenizer),
+            "pretraining needs exactly one of tokenizer=FOLDER (from nothing) and init_from=FOLDER (go on training); "
+            f"got tokenizer={self.tokenizer or '(none)'} and init_from={self.init_from or '(none)'}",
+        )
+
+
+@dataclass(frozen=True)
+class SftRun(TrainingRun):
+    """Learn to answer, from conversations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "sft starts from a model: init_from=FOLDER")
+
+
+@dataclass(frozen=True)
+class RewardModelRun(TrainingRun):
+    """Learn which of two answers is preferred."""
+
+    center_coefficient: float = 0.0  # pulls the sum of a pair's scores to zero
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "reward_model starts from a model: init_from=FOLDER")
+
+
+@dataclass(frozen=True)
+class PpoRun(RunConfig):
+    """Improve a policy against a reward model."""
+
+    init_from: str = ""  # the policy and the reference: an SFT model
+    reward_from: str = ""  # the reward model; the critic starts from it too
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)  # of the actor
+    critic_optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "ppo starts from a policy: init_from=FOLDER")
+        require(bool(self.reward_from), "ppo needs a reward model: reward_from=FOLDER")
+        require(bool(self.data.train), "data.train is empty; name a file of prompts: data.train=[prompts.jsonl]")
+        responses = self.rollout.prompts * self.rollout.samples
+        divisors = ", ".join(str(d) for d in range(1, responses + 1) if responses % d == 0)
+        require(
+            responses % self.batch.size == 0,
+            f"batch.size={self.batch.size} does not divide rollout.prompts x rollout.samples = {responses}; "
+            f"choose {divisors}",
+        )
+        self.batch.micro(self.cluster.workers)
+        require(
+            self.cluster.kind is ClusterKind.RAY or self.cluster.workers == 1,
+            f"cluster.workers={self.cluster.workers} needs cluster=ray; in_process has one worker a role",
+        )
+        require(
+            not self.rollout.strict or (self.engine.precision is Precision.FP32 and not self.engine.compile),
+            "rollout.strict=true needs engine.precision=fp32 and engine.compile=false; see law On-policy",
+        )
+
+    @property
+    def width(self) -> int:
+        """Tokens a row, prompt and response: constant, and a multiple of 8, so that shapes never change."""
+        return -(-(self.rollout.max_prompt_tokens + self.rollout.max_tokens) // 8) * 8
+
+
+@dataclass(frozen=True)
+class EvaluateRun(RunConfig):
+    """Run tasks against a model."""
+
+    init_from: str = ""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "evaluate needs a model: init_from=FOLDER")
+        require(bool(self.evaluation.tasks), "evaluation.tasks is empty; name tasks: evaluation.tasks=[verse_form]")
+
+
+@dataclass(frozen=True)
+class PipelineRun(RunConfig):
+    """Several stages, one after another. Each entry is an experiment whose last word is its stage: `quickstart/sft`."""
+
+    stages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.stages), "a pipeline names its stages; start from experiment=quickstart")
+
+
+STAGES: dict[str, type[RunConfig]] = {
+    "tokenizer": TokenizerRun,
+    "pretrain": PretrainRun,
+    "sft": SftRun,
+    "reward_model": RewardModelRun,
+    "ppo": PpoRun,
+    "evaluate": EvaluateRun,
+    "pipeline": PipelineRun,
+}
