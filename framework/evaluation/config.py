@@ -5,5 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """Tasks are registered names; an extension may add its own."""
+
     tasks: list[str] = field(default_factory=list)  # registered tasks, or files that define one
     limit: int = 0  # examples a task; 0 = all
