@@ -18,13 +18,14 @@ from framework.stages.config import STAGES, PipelineRun, RunConfig
 if TYPE_CHECKING:
     from framework.stages.job import Run
 
+# tool -> (module of framework.stages, what it does)
 TOOLS = {
-    "explain": "STAGE WORDS...: print the resolved recipe, the batch arithmetic and the memory it needs; start nothing",
-    "generate": "MODEL [PROMPT...]: sample from a finished model",
-    "chat": "MODEL: talk to a finished model",
-    "status": "RUN: where a run stands",
-    "report": "RUN: write report.html from what lies in a run folder",
-    "doctor": "what this installation can do, and what is missing",
+    "explain": ("plan", "STAGE WORDS...: the resolved recipe, the batch arithmetic, the memory; starts nothing"),
+    "generate": ("serve", "MODEL [PROMPT...]: sample from a finished model"),
+    "chat": ("serve", "MODEL: talk to a finished model"),
+    "status": ("watch", "RUN: where a run stands"),
+    "report": ("watch", "RUN: write report.html again from what lies in the run folder"),
+    "doctor": ("doctor", "what this installation can do, and what is missing"),
 }
 _SWEEP_WORDS = ("-m", "--multirun")
 
@@ -277,8 +278,14 @@ def _command(name: str) -> Callable[[list[str]], int]:
     if name in STAGES:
         return lambda words: _run_command(name, words)
     if name in TOOLS:
-        return lambda words: importlib.import_module("framework.stages.tools").TOOLS[name](words, compose)
+        return lambda words: _run_tool(name, words)
     raise UsageError(f"unknown command '{name}': {nearest(name, [*STAGES, *TOOLS])}")
+
+
+def _run_tool(name: str, words: list[str]) -> int:
+    module = importlib.import_module(f"framework.stages.{TOOLS[name][0]}")
+    status: int = module.explain(words, compose) if name == "explain" else getattr(module, name)(words)
+    return status
 
 
 def _run_command(stage: str, words: list[str]) -> int:
@@ -298,7 +305,7 @@ def _help() -> str:
         return (schema.__doc__ or "").splitlines()[0]
 
     stages = "\n".join(f"  {name:<14}{first_line(schema)}" for name, schema in STAGES.items())
-    tools = "\n".join(f"  {name:<14}{text}" for name, text in TOOLS.items())
+    tools = "\n".join(f"  {name:<14}{text}" for name, (_, text) in TOOLS.items())
     return (
         "framework: pretraining and RLHF from one recipe, on a laptop CPU or a cluster.\n\n"
         "  framework STAGE [group=choice] [key=value] ...      framework STAGE --help lists the keys\n"

@@ -1,0 +1,1 @@
+"""F3: what a run will need, before it starts."""
