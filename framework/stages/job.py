@@ -1,0 +1,132 @@
+"""What every stage does around its work: extensions, runtime, run folder, stop requests, and the closing summary."""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from framework.core import runtime
+from framework.core.config import find_file
+from framework.core.errors import Interrupted, UsageError
+from framework.stages.config import NOT_IN_HASH, RunConfig
+from framework.stages.plan import plain
+from framework.tracking.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. Example: Run(Path("runs/sft"), {"valid/loss": 3.1, "valid/loss/before": 5.0, ...})."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    def figure(self, name: str) -> float:
+        """A final figure by name; an unknown one is an error that lists what there is."""
+        figures = self.summary["figures"]
+        if name not in figures:
+            raise UsageError(f"the run has no figure '{name}'; it has {', '.join(sorted(figures))}")
+        return float(figures[name])
+
+
+@dataclass
+class Job:
+    """One stage at work."""
+
+    config: RunConfig
+    folder: RunFolder
+    runtime: runtime.Runtime
+    stop: runtime.StopRequest
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the summary should say (learned, samples, ...)
+
+    @property
+    def finished(self) -> bool:
+        return self.folder.is_finished
+
+    def result(self) -> Run:
+        """The run as its summary tells it."""
+        return Run(Path(self.folder.path), self.folder.summary)
+
+    def finish(self, figures: Mapping[str, float]) -> Run:
+        """Write the summary; from here on the same command finds the stage done."""
+        self.folder.finish({"stage": self.config.stage, "figures": dict(figures), **self.facts})
+        return self.result()
+
+
+@contextlib.contextmanager
+def open_job(config: RunConfig, parents: Mapping[str, str] | None = None) -> Iterator[Job]:
+    """Open (or continue) the run folder of `config` and settle this process; on the way out leave a true status.
+
+    `parents` are the folders that the result depends on: their content is part of the run's identity.
+    """
+    load_extensions(config.extensions)
+    place = runtime.start(config.device, config.threads, config.deterministic)
+    digests = {role: folder_digest(path) for role, path in (parents or {}).items() if path}
+    folder = RunFolder.open(config.folder, plain(config), digests, NOT_IN_HASH, is_main=place.is_main)
+    try:
+        with runtime.StopRequest() as stop:
+            yield Job(config, folder, place, stop)
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        folder.fail(error, state=state)
+        raise
+    finally:
+        folder.close()
+
+
+def load_extensions(names: list[str]) -> None:
+    """Import files (`my_ppo.py`) and modules, so that what they register can be named in recipes."""
+    for name in names:
+        if name.endswith(".py"):
+            _import_file(Path(name))
+        else:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                raise UsageError(f"extensions: cannot import '{name}': {error}") from None
+
+
+def files(paths: list[str], key: str) -> list[str]:
+    """Data paths as they are found; `key` names the recipe's key in the error for a missing one."""
+    found = [find_file(path) for path in paths]
+    for path in found:
+        if not Path(path).exists():
+            raise UsageError(f"{key}: no such file or folder: {path}")
+    return found
+
+
+def folder_digest(path: str) -> str:
+    """What a model or tokenizer folder contains, as 16 hex digits: sha256 over names and contents of its files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {path}")
+    total = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")):
+        with file.open("rb") as stream:
+            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _import_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"extensions: no such file: {path}")
+    name = f"framework_extension_{path.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a finished run, None where there is none."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,38 @@
+"""The tokenizer stage: text in, a Hugging Face tokenizer folder out."""
+
+from collections.abc import Iterator
+
+from framework.core.errors import DataError
+from framework.core.records import Sample, TextSample
+from framework.data.formats import read
+from framework.stages.config import TokenizerRun
+from framework.stages.job import Run, files, open_job
+from framework.tokenization.train import train
+
+
+def run(config: TokenizerRun) -> Run:
+    """Learn a vocabulary from data.train and say how far it compresses data.valid."""
+    with open_job(config) as job:
+        if job.finished:
+            return job.result()
+        learned = train(_texts(files(config.data.train, "data.train"), config.data.format), config.tokenizer)
+        learned.save(str(config.folder / "model"))
+        held_out = files(config.data.valid or config.data.train, "data.valid")
+        texts = list(_texts(held_out, config.data.format))
+        num_bytes = sum(len(text.encode()) for text in texts)
+        num_tokens = sum(map(len, learned.encode_many(texts)))
+        return job.finish({"vocab_size": learned.vocab_size, "bytes_per_token": num_bytes / max(1, num_tokens)})
+
+
+def _texts(paths: list[str], format: str) -> Iterator[str]:
+    for path in paths:
+        for sample in read(path, format):
+            yield from _text_of(sample, path)
+
+
+def _text_of(sample: Sample, path: str) -> list[str]:
+    if isinstance(sample, TextSample):
+        return [sample.text]
+    if hasattr(sample, "messages"):
+        return [message.content for message in sample.messages]
+    raise DataError("a tokenizer learns from texts or conversations, not from pairs or prompts", path)
