@@ -15,7 +15,9 @@ from framework.core.errors import UsageError
 
 class _NamedByValue(EnumMeta):
     def __getitem__(cls, name: str) -> Any:
-        return next((member for member in cls if member.value == name), None) or super().__getitem__(name)
+        members: Mapping[str, Any] = cls.__members__
+        by_value = {member.value: member for member in members.values()}
+        return by_value[name] if name in by_value else super().__getitem__(name)
 
 
 class Choice(Enum, metaclass=_NamedByValue):
@@ -52,7 +54,7 @@ def without(flat: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """The first 16 hex digits of the sha256 of `value` as canonical JSON: equal values, equal digests, on any machine."""
+    """The first 16 hex digits of the sha256 of `value` as canonical JSON: equal values, equal digests, anywhere."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,7 @@
-"""Sums, means and variances over the True entries of a mask. True means "counts"; a NaN under False never leaks."""
+"""Sums, means and variances over what counts, and the one division by a count.
+
+True in a mask means "counts"; a NaN or an infinity under False reaches neither a result nor a gradient.
+"""
 
 import torch
 from torch import Tensor
@@ -19,3 +22,12 @@ def masked_variance(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     count = mask.sum()
     centred = torch.where(mask, x - masked_mean(x, mask), x.new_zeros(()))
     return centred.square().sum() / (count - int(unbiased)).clamp(min=1)
+
+
+def ratio(total: Tensor, denominator: Tensor | float) -> Tensor:
+    """total / denominator as a scalar; zero, with zero gradient, where nothing counted and both are zero.
+
+    `total` is a scalar, `denominator` a number or a tensor of one element of any dtype (a global count).
+    """
+    count = torch.as_tensor(denominator, device=total.device).to(total.dtype).reshape(())
+    return total / count.clamp(min=torch.finfo(total.dtype).tiny)

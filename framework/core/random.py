@@ -84,7 +84,7 @@ def shuffled(seed: int, name: str, size: int, positions: np.ndarray) -> np.ndarr
 
 
 def shuffled_stream(seed: int, name: str, size: int, start: int = 0) -> Iterator[int]:
-    """Positions start, start+1, ... of the endless stream that visits range(size) once an epoch, reshuffled each time."""
+    """Entries start, start+1, ... of the endless stream that visits range(size) once an epoch, reshuffled each time."""
     position = start
     while True:
         epoch, within = divmod(position, size)
@@ -93,10 +93,10 @@ def shuffled_stream(seed: int, name: str, size: int, start: int = 0) -> Iterator
 
 
 def _words(key: Key, index: Tensor, sample: Tensor | int, position: Tensor | int) -> tuple[Tensor, Tensor]:
-    index, sample, position = torch.broadcast_tensors(
+    i, s, p = torch.broadcast_tensors(
         index, torch.as_tensor(sample, device=index.device), torch.as_tensor(position, device=index.device)
     )
-    high, low, _, _ = philox(key, (index & _MASK, (index >> 32) & _MASK, sample & _MASK, position & _MASK))
+    high, low, _, _ = philox(key, (i & _MASK, (i >> 32) & _MASK, s & _MASK, p & _MASK))
     return high, low
 
 
@@ -128,4 +128,4 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014): every input bit moves every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))

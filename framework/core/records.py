@@ -6,7 +6,7 @@ pytrees; they split, concatenate, select and move whole. Alignment, once and for
 - the **prediction position** t is where the model, having read tokens[b, :t+1], predicts labels[b, t] (= tokens[b, t+1]
   within a document). Engines and Scores speak of prediction positions.
 - the **token position** t speaks of tokens[b, t] itself: log_probs[b, t] = log p(tokens[b, t] | tokens[b, :t]) and
-  values[b, t] = V(tokens[b, :t]). Every RL tensor speaks of token positions. `align` is the one way from one to the other.
+  values[b, t] = V(tokens[b, :t]). Every RL tensor speaks of token positions. `align` is the one way there.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar, dataclass_transform
+from typing import Any, Protocol, Self, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-R = TypeVar("R", bound="type[Record]")
+R = TypeVar("R", bound="Record")
 
 
 class Record:
@@ -29,12 +29,15 @@ class Record:
     def __len__(self) -> int:
         return len(next(leaf for leaf in pytree.tree_leaves(self) if isinstance(leaf, Tensor)))
 
-    def _map(self, function: Any) -> Self:
-        return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, self)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        mapped = pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, self)
+        return cast(Self, mapped)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same record on `device`; the copy may run ahead of the host where memory is pinned."""
-        return self._map(lambda leaf: leaf.to(device, non_blocking=True))
+        """The same record on `device`; a copy from pinned memory to a GPU runs ahead of the host."""
+        # Towards the CPU a copy must be waited for: the host could read the memory before the GPU has written it.
+        ahead = torch.device(device).type != "cpu"
+        return self._map(lambda leaf: leaf.to(device, non_blocking=ahead))
 
     def select(self, index: Tensor | slice) -> Self:
         """Rows by position (int64 tensor), mask (bool tensor) or slice, in the order given."""
@@ -46,24 +49,25 @@ class Record:
 
     @classmethod
     def concat(cls, parts: list[Self]) -> Self:
-        """One record with the rows of `parts` one after another; T must agree (see `pad`)."""
-        return pytree.tree_map(
+        """One record with the rows of `parts` one after another; T must agree, and so must what is None."""
+        joined = pytree.tree_map(
             lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts
         )
+        return cast(Self, joined)
 
 
 @dataclass_transform(frozen_default=True)
-def record(cls: R) -> R:
+def record(cls: type[R]) -> type[R]:
     """A frozen dataclass known to torch's pytrees: an unknown one would reach every pipeline micro-batch whole."""
-    cls = dataclass(frozen=True, eq=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    frozen: Any = dataclass(frozen=True, eq=False)(cls)
+    names = [field.name for field in dataclasses.fields(frozen)]
     pytree.register_pytree_node(
-        cls,
+        frozen,
         lambda item: ([getattr(item, name) for name in names], None),
-        lambda values, _: cls(*values),
+        lambda values, _: frozen(*values),
         serialized_type_name=f"framework.{cls.__name__}",
     )
-    return cls
+    return cast(type[R], frozen)
 
 
 @record
@@ -267,7 +271,7 @@ class Rendered:
 
 
 class Tokenizer(Protocol):
-    """What rooms may ask of a tokenizer; `tokenization.load` returns one. No room asks which library stands behind it."""
+    """What rooms may ask of a tokenizer; `tokenization.load` returns one. No room asks what library it wraps."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -277,7 +281,7 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int | None: ...  # in front of a document, where the tokenizer wants one
     @property
     def fingerprint(self) -> str: ...  # equal for tokenizers that give equal ids and equal templates
-    def encode(self, text: str) -> list[int]: ...  # no special tokens added; special tokens in `text` are recognised
+    def encode(self, text: str) -> list[int]: ...  # adds no special tokens, recognises those in `text`
     def encode_many(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...  # the bytes a token adds to a text; b"" for special tokens

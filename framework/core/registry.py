@@ -16,14 +16,13 @@ _entries: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 def register(kind: str, name: str) -> Callable[[T], T]:
     """Enter the decorated object under (kind, name). Entering another object there is an error; re-importing is not."""
-    if kind not in _entries:
-        raise UsageError(f"cannot register kind '{kind}': {nearest(kind, KINDS)}")
+    entries = _of(kind)
 
     def enter(entry: T) -> T:
-        known = _entries[kind].get(name)
+        known = entries.get(name)
         if known is not None and _origin(known) != _origin(entry):
             raise UsageError(f"{kind} '{name}' is registered twice: by {_origin(known)} and by {_origin(entry)}")
-        _entries[kind][name] = entry
+        entries[name] = entry
         return entry
 
     return enter
@@ -31,15 +30,21 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 def lookup(kind: str, name: str) -> Any:
     """The object entered under (kind, name); an unknown name is answered with the nearest one."""
-    try:
-        return _entries[kind][name]
-    except KeyError:
-        raise UsageError(f"unknown {kind} '{name}': {nearest(name, names(kind))}") from None
+    entries = _of(kind)
+    if name not in entries:
+        raise UsageError(f"unknown {kind} '{name}': {nearest(name, entries)}")
+    return entries[name]
 
 
 def names(kind: str) -> list[str]:
     """All names entered under `kind`, sorted."""
-    return sorted(_entries[kind])
+    return sorted(_of(kind))
+
+
+def _of(kind: str) -> dict[str, Any]:
+    if kind not in _entries:
+        raise UsageError(f"unknown kind '{kind}': {nearest(kind, KINDS)}")
+    return _entries[kind]
 
 
 def _origin(entry: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where a process stands: rank, device, threads, determinism, process group. The only page that speaks to torch.cuda."""
+"""Where a process stands: rank, device, threads, determinism, process group. No other page speaks to torch.cuda."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from framework.core.errors import UsageError
 
+_CPU = torch.device("cpu")
 # Dense bf16 peak of one card in FLOP/s, from the vendor's data sheets; MFU needs it.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
@@ -23,7 +24,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     deterministic: bool = True
 
     @property
@@ -76,8 +77,8 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     if device == "cuda" or os.path.exists("/dev/nvidia0"):
         raise UsageError(
-            f"device={device}: torch {torch.__version__} cannot use a GPU here; install a CUDA build of torch that fits "
-            "the driver, or say device=cpu to train on the CPU"
+            f"device={device}: torch {torch.__version__} cannot use a GPU here; install a CUDA build of torch that "
+            "fits the driver, or say device=cpu to train on the CPU"
         )
     return torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What an engine is: one Scorer, its optimizer, and the ranks it is laid out over. Stages and workers know only this."""
+"""What an engine is: one Scorer, its optimizer, and the ranks it lies on. Stages and workers know only this."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
