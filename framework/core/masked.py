@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 
+def counting(x: Tensor, mask: Tensor) -> Tensor:
+    """x where mask is True, else 0; x and mask [...] have one shape.
+
+    Clean inputs, not results: a NaN that went through a function comes back in its gradient as 0 x NaN.
+    """
+    return torch.where(mask, x, x.new_zeros(()))
+
+
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x[mask] as a scalar; x and mask have one shape. Zero where nothing counts."""
-    return torch.where(mask, x, x.new_zeros(())).sum()
+    """Sum of x[mask] as a scalar. Zero where nothing counts."""
+    return counting(x, mask).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -19,9 +27,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_variance(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """Variance of x[mask] as a scalar: divided by n-1 (unbiased) or n; zero where n is too small."""
-    count = mask.sum()
-    centred = torch.where(mask, x - masked_mean(x, mask), x.new_zeros(()))
-    return centred.square().sum() / (count - int(unbiased)).clamp(min=1)
+    centred = counting(x - masked_mean(x, mask), mask)
+    return centred.square().sum() / (mask.sum() - int(unbiased)).clamp(min=1)
 
 
 def ratio(total: Tensor, denominator: Tensor | float) -> Tensor:

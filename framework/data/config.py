@@ -7,7 +7,7 @@ from framework.core.config import require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`train` and `valid` are files or folders; `valid_share` of train (0.02) may be held out by content hash instead."""
+    """`train` and `valid` are files or folders; or `valid_share` of train (0.02) is held out by content hash."""
 
     train: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
