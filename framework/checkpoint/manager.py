@@ -1,0 +1,305 @@
+"""Saving so that a kill at any instant costs nothing, and believing only what verifies.
+
+A checkpoint is staged in a hidden folder, every file synced and hashed, the manifest written last, and the folder
+renamed into place: it exists when its manifest verifies. Left out: what the parts hold (`engine.shards`) and how a box
+is laid out (`format`).
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from framework.checkpoint.config import CheckpointConfig
+from framework.checkpoint.format import PartReader, Shards, merge, read_indices, write_bytes, write_part
+from framework.checkpoint.integrity import file_sha256
+from framework.core.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+Gather = Callable[[Any], list[Any]]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank of the default process group passed, by rank; [value] where there is no group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint. `reader("model")("model/head.weight", ((0, 16), (0, 8)))` reads a box of it."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Raises CheckpointError where it is absent, cut short or altered."""
+        return read_manifest(self.folder)
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the run remembers besides tensors, as it was saved."""
+        return dict(self.manifest["state"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(self.manifest["metrics"])
+
+    def hashes(self, part: str) -> dict[str, str]:
+        """The sharding-independent hash of each tensor of `part`, by logical name."""
+        return {name: entry["hash"] for name, entry in self.manifest["parts"][part].items()}
+
+    def reader(self, part: str) -> PartReader:
+        """The `ReadBox` of a part. Workers elsewhere make their own: PartReader(folder, part)."""
+        return PartReader(self.folder, part)
+
+    def problems(self, rank: int = 0, world_size: int = 1) -> list[str]:
+        """What is wrong, one sentence each; [] when all verifies. Each of `world_size` ranks hashes its share."""
+        try:
+            files = sorted(self.manifest["files"].items())
+        except CheckpointError as error:
+            return [str(error)]
+        return [text for name, want in files[rank::world_size] if (text := self._problem(name, want))]
+
+    def _problem(self, name: str, want: Mapping[str, Any]) -> str:
+        path = self.folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != want["bytes"]:
+            return f"{path} has {size:,} bytes, the manifest says {want['bytes']:,}"
+        return "" if file_sha256(path) == want["sha256"] else f"{path} was altered: its sha256 is not the manifest's"
+
+
+class CheckpointManager:
+    """The checkpoints of one run, in `folder`. `save`, `saving` and `latest` are collective over the ranks that share
+    it; `gather` passes one small object from every rank to every rank."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Gather = gather_objects,
+    ):
+        self.folder, self.config = Path(folder), config or CheckpointConfig()
+        self._rank, self._world_size, self._gather = rank, world_size, gather
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Shards],
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> Checkpoint:
+        """Save `parts` (name -> (logical name, box, tensor) of this rank) as the checkpoint of `step`."""
+        with self.saving(step, state, metrics) as staging:
+            for part, shards in parts.items():
+                write_part(staging, part, self._rank, shards, self._world_size)
+        return Checkpoint(self._path(step))
+
+    @contextlib.contextmanager
+    def saving(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Iterator[Path]:
+        """The staging folder, to be filled by `write_part`, here or in worker processes; leaving commits it.
+
+        Whatever goes wrong on any rank, every rank leaves with a CheckpointError (or its own error), the staging folder
+        is removed and older checkpoints stand as before.
+        """
+        try:
+            with self._together(step):
+                staging = self.stage(step) if self._rank == 0 else self._staging(step)
+            with self._together(step):
+                yield staging
+            with self._together(step):
+                if self._rank == 0:
+                    self.commit(step, state, metrics)
+        except BaseException:
+            if self._rank == 0:
+                shutil.rmtree(self._staging(step), ignore_errors=True)
+            raise
+
+    def stage(self, step: int) -> Path:
+        """An empty staging folder for `step`; leftovers of killed saves are cleared away."""
+        self._clear_leftovers()
+        staging = self._staging(step)
+        staging.mkdir(parents=True)
+        return staging
+
+    def commit(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Checkpoint:
+        """Make the staged files of `step` a checkpoint: check that nothing is missing, manifest, rename, retention."""
+        staging, final = self._staging(step), self._path(step)
+        write_bytes(staging / MANIFEST, render_manifest(_describe(staging, step, state, metrics or {})))
+        _sync_folder(staging)
+        if final.exists():
+            final.rename(self._replaced(step))
+        staging.rename(final)
+        _sync_folder(self.folder)
+        self._retain(step)
+        return Checkpoint(final)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; one warning line for each newer one that does not. None: start anew."""
+        if self._rank == 0:
+            self._clear_leftovers()
+        for step in sorted(self._gather(self._steps())[0], reverse=True):
+            found = Checkpoint(self._path(step))
+            shares = self._gather(found.problems(self._rank, self._world_size))
+            problems = [problem for share in shares for problem in share]
+            if not problems:
+                return found
+            if self._rank == 0:
+                print(f"warning: checkpoint {found.folder.name} is not used: {problems[0]}", file=sys.stderr)
+        return None
+
+    def best(self) -> Checkpoint | None:
+        """The kept checkpoint with the best `config.best`; None where none measured it."""
+        name, sign = self.config.best.removeprefix("-"), -1.0 if self.config.best.startswith("-") else 1.0
+        figures = {}
+        for step in self._steps():
+            with contextlib.suppress(CheckpointError):
+                figure = Checkpoint(self._path(step)).metrics.get(name)
+                if figure is not None and isfinite(figure):
+                    figures[step] = sign * figure
+        return Checkpoint(self._path(min(figures, key=lambda step: (figures[step], -step)))) if figures else None
+
+    @contextlib.contextmanager
+    def _together(self, step: int) -> Iterator[None]:
+        """A phase that all ranks leave together: where one fails, all do, and nobody waits for the one that left."""
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        messages = self._gather(None if failure is None else _sentence(failure))
+        if isinstance(failure, OSError | CheckpointError):
+            raise CheckpointError(f"cannot save step {step} in {self.folder}: {_sentence(failure)}") from failure
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
+        if failed:
+            raise CheckpointError(f"cannot save step {step} in {self.folder}: {failed[0]}")
+
+    def _retain(self, step: int) -> None:
+        """Keep the newest and the best. What lies beyond `step` belongs to a course that the run no longer follows:
+        had it verified, the run would have gone on from there."""
+        steps = sorted(self._steps())
+        keep = set([s for s in steps if s <= step][-self.config.keep :])
+        for old in steps:
+            if old > step:
+                shutil.rmtree(self._path(old), ignore_errors=True)
+        best = self.best()
+        keep |= {best.step} if best else set()
+        for old in steps:
+            if old not in keep:
+                shutil.rmtree(self._path(old), ignore_errors=True)
+        shutil.rmtree(self._replaced(step), ignore_errors=True)
+
+    def _clear_leftovers(self) -> None:
+        """Drop half-written folders; put back a checkpoint whose replacement never arrived."""
+        for path in self.folder.glob(".step_*"):
+            home = self.folder / path.name[1:].partition(".")[0]
+            if path.suffix == ".replaced" and not home.exists():
+                path.rename(home)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _staging(self, step: int) -> Path:
+        return self.folder / f".step_{step:08d}.partial"
+
+    def _replaced(self, step: int) -> Path:
+        return self.folder / f".step_{step:08d}.replaced"
+
+
+def render_manifest(content: Mapping[str, Any]) -> bytes:
+    """The one spelling of a manifest, ending in a sha256 of the rest: any changed byte shows."""
+    text = json.dumps(content, indent=1)
+    return json.dumps({**content, "sha256": sha256(text.encode()).hexdigest()}, indent=1).encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, verified against its own sha256."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        content = json.loads(raw)
+        digest = content.pop("sha256", None)
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{path} is cut short or altered: it is not a JSON object") from None
+    if digest is None or render_manifest(content) != raw:
+        raise CheckpointError(f"{path} was altered: it does not match its own sha256")
+    if content["format"] != _FORMAT:
+        raise CheckpointError(f"{path} has format {content['format']}; this version reads format {_FORMAT}")
+    return dict(content)
+
+
+def _describe(staging: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    indices = read_indices(staging)
+    parts = sorted({name.rpartition("-")[0] for name in indices})
+    merged = {part: merge(staging, part, indices) for part in parts}
+    return {
+        "format": _FORMAT,
+        "step": step,
+        "state": dict(state),
+        "metrics": dict(metrics),
+        "files": _files(staging, indices),
+        "parts": {p: {n: asdict(entry) for n, entry in sorted(merged[p].items())} for p in parts},
+    }
+
+
+def _files(staging: Path, indices: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file; the writers hashed the large ones while writing."""
+    files = {}
+    for name, index in indices.items():
+        data = Path(name).with_suffix(".safetensors").name
+        files[data] = {"bytes": index["bytes"], "sha256": index["sha256"]}
+        if not (staging / data).is_file() or (staging / data).stat().st_size != index["bytes"]:
+            raise CheckpointError(f"{data} is missing or incomplete in {staging}")
+        files[name] = {"bytes": (staging / name).stat().st_size, "sha256": file_sha256(staging / name)}
+    return dict(sorted(files.items()))
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror or 'no space left'}; free some space and run the same command again"
+    return str(error) or type(error).__name__
+
+
+def _sync_folder(folder: Path) -> None:
+    """The entries of a folder reach the disk like those of a file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
