@@ -1,0 +1,1 @@
+"""Log-probabilities of labels straight from hidden states."""

@@ -1,0 +1,218 @@
+"""Model folders in the Hugging Face format: config.json and safetensors, read lazily through a memory map, and written.
+
+Only safetensors and JSON are opened, so a folder cannot run code (law Files). Tokenizers stand in their own room.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from framework.core.errors import CheckpointError, UsageError, nearest
+from framework.core.records import Box, ReadBox
+from framework.core.registry import lookup, names
+from framework.models.config import ModelConfig
+from framework.models.families import llama  # noqa: F401  (enters itself into the registry)
+from framework.models.init import fill, parameter_shapes
+from framework.models.transformer import Transformer
+
+Shapes = dict[str, tuple[int, ...]]
+_FILE = "model.safetensors"
+_SHARD_BYTES = 4 << 30
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """The model of a folder, in its stored dtype unless told. A classifier's head is left behind."""
+    config, read, _ = read_folder(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    return fill(model, read, dtype, device)
+
+
+def save(model: Transformer, folder: str | Path) -> None:
+    """Write the format back: the same bits, names and dtype that `load` reads."""
+    save_weights(model.config, model.named_parameters(), folder)
+
+
+def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
+    """(architecture, weights by logical name and box, shape of each name). Opens the files and reads no weight.
+
+    A classifier's head answers to class_head.weight; where it has one class also to value_head.weight, so that a
+    critic can start from a reward model. Tensors that are missing, unknown or of another shape than config.json says
+    are a CheckpointError that names them.
+    """
+    path = locate(folder)
+    theirs = _read_config(path)
+    family = _family(theirs, path)
+    config: ModelConfig = family.config_from(theirs)
+    files = _open_files(path)
+    found: dict[str, tuple[Any, str]] = {}
+    unknown = []
+    for their_name, file in files.items():
+        name = family.our_name(their_name)
+        if name is not None:
+            found[name] = (file, their_name)
+        elif not family.is_derived(their_name):
+            unknown.append(their_name)
+    shapes = {name: tuple(file.get_slice(theirs).get_shape()) for name, (file, theirs) in found.items()}
+    _check(path, config, shapes, unknown, family)
+    if shapes.get("class_head.weight", (0,))[0] == 1:
+        found["value_head.weight"] = found["class_head.weight"]
+        shapes["value_head.weight"] = shapes["class_head.weight"]
+
+    def read(name: str, box: Box) -> Tensor:
+        if name not in found:
+            raise CheckpointError(f"{path} has no tensor '{name}': {nearest(name, found)}")
+        file, their_name = found[name]
+        return file.get_slice(their_name)[tuple(slice(start, start + length) for start, length in box)]
+
+    return config, read, shapes
+
+
+def save_weights(
+    config: ModelConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    folder: str | Path,
+    classes: int = 0,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write (logical name, full tensor) pairs as a model folder, one file of at most 4 GiB in memory at a time.
+
+    With `classes` > 0 it is a *ForSequenceClassification whose score is class_head.weight or, for a critic,
+    value_head.weight. `extra` goes into config.json: what the tokenizer knows (eos_token_id, pad_token_id, ...).
+    config.json is written last: a folder that has one is whole.
+    """
+    path = Path(folder)
+    family = lookup("family", config.family)
+    theirs = family.config_to(config, classes)
+    path.mkdir(parents=True, exist_ok=True)
+    for stale in [path / "config.json", *path.glob("model*.safetensors"), *path.glob("model*.index.json")]:
+        stale.unlink(missing_ok=True)
+    dtype = _write_files(path, ((_score(name, family), tensor) for name, tensor in weights))
+    theirs |= {"dtype": dtype, **(extra or {})}
+    (path / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+
+
+def locate(folder: str | Path) -> Path:
+    """The local folder: `folder` itself, or a hub name ("HuggingFaceTB/SmolLM2-135M") through huggingface_hub and its
+    cache, offline and endpoint variables respected."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        raise UsageError(f"there is no model folder {folder}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+        return Path(snapshot_download(str(folder), allow_patterns=wanted))
+    except Exception as error:
+        raise UsageError(f"{folder} is neither a folder nor a model that the hub would give: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise UsageError(f"{path} is no model folder: it has no config.json")
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise UsageError(f"{file} is not JSON: {error}") from None
+
+
+def _family(theirs: dict[str, Any], path: Path) -> Any:
+    kind = theirs.get("model_type", "")
+    if kind not in names("family"):
+        raise UsageError(f"{path} holds a model of type '{kind}': {nearest(kind, names('family'))}")
+    return lookup("family", kind)
+
+
+def _open_files(path: Path) -> dict[str, Any]:
+    """Their tensor name -> open file that holds it."""
+    index = path / f"{_FILE}.index.json"
+    if (path / _FILE).is_file():
+        files = {path / _FILE}
+    elif index.is_file():
+        files = {path / name for name in json.loads(index.read_text())["weight_map"].values()}
+    else:
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        why = (
+            f"only {pickles[0]}: a pickle can run code when it is read; save it again as safetensors" if pickles else ""
+        )
+        raise UsageError(f"{path} has no {_FILE}" + (f", {why}" if why else ""))
+    opened: dict[str, Any] = {}
+    for file in sorted(files):
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+        opened |= dict.fromkeys(handle.keys(), handle)
+    return opened
+
+
+def _check(path: Path, config: ModelConfig, shapes: Shapes, unknown: list[str], family: Any) -> None:
+    expected = dict(parameter_shapes(config))
+    if "class_head.weight" in shapes:
+        expected.pop("head.weight", None)  # a classifier has no language head, tied or not
+        expected["class_head.weight"] = (shapes["class_head.weight"][0], config.hidden_size)
+    if config.tied:
+        shapes.pop("head.weight", None)  # some writers store the tied matrix twice
+    complaints = [f"unknown tensor {name}" for name in unknown]
+    complaints += [f"unexpected tensor {family.their_name(name)}" for name in shapes if name not in expected]
+    complaints += [f"missing tensor {family.their_name(name)}" for name in expected if name not in shapes]
+    complaints += [
+        f"{family.their_name(name)} has shape {list(shapes[name])}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if complaints:
+        more = f", and {len(complaints) - 5} more" if len(complaints) > 5 else ""
+        raise CheckpointError(f"{path} does not hold the model of its config.json: {'; '.join(complaints[:5])}{more}")
+
+
+def _score(name: str, family: Any) -> str:
+    return str(family.their_name("class_head.weight" if name == "value_head.weight" else name))
+
+
+def _write_files(path: Path, weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Write tensors under their names; returns the dtype of the first, as config.json wants it."""
+    shards: list[list[str]] = []
+    part: dict[str, Tensor] = {}
+    size, total, dtype = 0, 0, "float32"
+
+    def flush() -> None:
+        save_file(part, path / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        shards.append(list(part))
+        part.clear()
+
+    for name, tensor in weights:
+        tensor = tensor.detach().cpu().contiguous()
+        if part and size + tensor.nbytes > _SHARD_BYTES:
+            flush()
+            size = 0
+        if not total:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+        part[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    _name_files(path, shards, total)
+    return dtype
+
+
+def _name_files(path: Path, shards: list[list[str]], total: int) -> None:
+    """Rename to what transformers looks for: one model.safetensors, or numbered parts with an index."""
+    if len(shards) == 1:
+        (path / "model-00001.safetensors").rename(path / _FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names_in_it in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (path / f"model-{number:05d}.safetensors").rename(path / final)
+        weight_map |= dict.fromkeys(names_in_it, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / f"{_FILE}.index.json").write_text(json.dumps(index, indent=2) + "\n")

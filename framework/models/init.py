@@ -1,0 +1,80 @@
+"""Initial values (law Init): each a pure function of (seed, parameter name, element index), any box drawn on its own.
+
+Weights are Normal(0, init_std), the two projections back into the residual stream scaled by 1/sqrt(2 num_layers)
+(GPT-2, Radford et al. 2019); norms one, biases zero. A class head is Normal(0, 1/sqrt(D+1)) (Stiennon et al. 2020), a
+value head zero: the first values are 0, not noise.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from framework.core import random
+from framework.core.errors import UsageError, nearest
+from framework.core.records import Box, ReadBox, whole
+from framework.models.config import ModelConfig
+from framework.models.transformer import Transformer
+
+_DRAWN_AT_ONCE = 1 << 18  # elements; the integers of the generator then stay in the cache
+
+
+def random_weights(config: ModelConfig, seed: int) -> ReadBox:
+    """A source of fp32 weights for every name of the Transformer, and for value_head.weight and class_head.weight."""
+    shapes = parameter_shapes(config)
+
+    def read(name: str, box: Box) -> Tensor:
+        if name.split(".")[0] in ("value_head", "class_head"):
+            columns = config.hidden_size
+        elif name in shapes:
+            columns = shapes[name][-1]
+        else:
+            raise UsageError(f"this model has no parameter '{name}': {nearest(name, shapes)}")
+        return _draw(name, box, columns, _deviation(name, config), seed)
+
+    return read
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of the Transformer, in its order; nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def fill(
+    model: Transformer, read: ReadBox, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """Give a model built on the meta device its weights, one tensor at a time, in the source's dtype unless told."""
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        weight = read(name, whole(parameter.shape)).to(device=device, dtype=dtype)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+    return model
+
+
+def _deviation(name: str, config: ModelConfig) -> float | None:
+    """The standard deviation of a drawn parameter, or None for one that is filled with a constant."""
+    module = name.rpartition(".")[0]
+    if name.endswith(".bias") or module.endswith("norm") or module == "value_head":
+        return None
+    if module == "class_head":
+        return (config.hidden_size + 1) ** -0.5
+    back_into_residual = module.endswith(("attention.o", "mlp.down"))
+    return config.init_std * (2 * config.num_layers) ** -0.5 if back_into_residual else config.init_std
+
+
+def _draw(name: str, box: Box, columns: int, deviation: float | None, seed: int) -> Tensor:
+    shape = [length for _, length in box]
+    if deviation is None:
+        is_norm_weight = name.endswith("norm.weight")
+        return torch.full(shape, 1.0 if is_norm_weight else 0.0)
+    key, (row, rows), (column, width) = random.key(seed, name), *box
+    drawn = torch.empty(shape)
+    at_once = max(1, _DRAWN_AT_ONCE // max(width, 1))
+    for first in range(0, rows, at_once):
+        numbers = torch.arange(row + first, row + min(first + at_once, rows)).unsqueeze(1)
+        index = numbers * columns + torch.arange(column, column + width)
+        drawn[first : first + at_once] = random.normal(key, index) * deviation
+    return drawn

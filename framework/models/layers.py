@@ -1,0 +1,91 @@
+"""What a layer is made of besides attention: linear maps, norms, the feed-forward block. Initial values: init.py.
+
+Strict mode (law On-policy): the same bits for a row whatever else is in the batch. It is settled at construction.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cuda_ext.rms_norm.op import rms_norm
+from cuda_ext.swiglu.op import swiglu
+from framework.models.config import Activation, ModelConfig, Norm
+
+_ROWS = 8  # measured: a CPU matmul gives a row the same bits in any batch whose rows come in eights
+
+
+class Linear(nn.Linear):
+    """nn.Linear that can be strict: fed contiguous 2-d input padded with zero rows to a multiple of 8."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, strict: bool = False):
+        super().__init__(inputs, outputs, bias=bias)
+        self.strict = strict
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., inputs] -> [..., outputs]."""
+        return strict_linear(x, self.weight, self.bias) if self.strict else F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., D] -> [..., D]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """The feed-forward block: down(act(gate(x)) * up(x)) where gated, else down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, strict: bool):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.feed_forward_size, config.mlp_bias
+        gated = config.activation is Activation.SWIGLU
+        self.gate = Linear(hidden, inner, bias, strict) if gated else None
+        self.up = Linear(hidden, inner, bias, strict)
+        self.down = Linear(inner, hidden, bias, strict)
+        self.activation = config.activation
+        self.strict = strict
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[B,T,D] -> [B,T,D]."""
+        if self.gate is not None:
+            return self.down(swiglu(self.gate(x), self.up(x), strict=self.strict))
+        act = strict_activation if self.strict else activation
+        return self.down(act(self.up(x), self.activation))
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The norm that the config names, over hidden_size."""
+    if config.norm is Norm.RMS:
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+
+def strict_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear whose result for a row does not depend on the other rows, bit for bit. x[..., I], weight[O, I]."""
+    rows = x.reshape(-1, x.shape[-1])
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % _ROWS)).contiguous()
+    return F.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def activation(x: Tensor, kind: Activation) -> Tensor:
+    """The nonlinearity of a block without a gate, elementwise."""
+    if kind is Activation.RELU:
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if kind is Activation.GELU_TANH else "none")
+
+
+def strict_activation(x: Tensor, kind: Activation) -> Tensor:
+    """The same values from operations that give an element the same bits anywhere in a buffer (torch's gelu does not:
+    the last elements of a buffer take another code path)."""
+    if kind is Activation.RELU:
+        return F.relu(x)
+    if kind is Activation.GELU_TANH:
+        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+    return 0.5 * x * (1 + torch.erf(x * 0.5**0.5))

@@ -1,0 +1,88 @@
+"""The one module that an engine wraps: body and heads. Logits are never kept, and nobody touches a head from outside.
+
+A scorer has one purpose. Without a head of its own it scores labels; with `value_head` (a critic) or `num_classes` (a
+reward model, a classifier) it has no use for the language head: its log_probs are zero and an untied head is dropped.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from framework.core.records import Metrics, Rows, Scores, TokenBatch
+from framework.models.heads import LogProbs, last_token
+from framework.models.layers import Linear
+from framework.models.transformer import Transformer
+
+TokenLoss = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Metrics]]
+
+
+class Scorer(nn.Module):
+    """`scorer(rows) -> Scores` at prediction positions. `temperature` divides the logits (RL: the rollout's)."""
+
+    def __init__(self, model: Transformer, value_head: bool = False, num_classes: int = 0, temperature: float = 1.0):
+        super().__init__()
+        size, strict = model.config.hidden_size, model.strict
+        self.model = model
+        self.log_probs = LogProbs(temperature, strict)
+        self.value_head = Linear(size, 1, False, strict) if value_head else None
+        self.class_head = Linear(size, num_classes, False, strict) if num_classes else None
+        self.scores_labels = not (value_head or num_classes)
+        if not self.scores_labels:
+            model.head = None
+
+    def forward(
+        self, rows: Rows, token_loss: TokenLoss | None = None, with_entropy: bool = False
+    ) -> Scores | tuple[Tensor, Metrics]:
+        """Scores of rows.inputs() (pairs: chosen rows, then rejected). log_probs and entropy[B,T] are zero where
+        loss_mask is False: the vocabulary is only gone through where a label counts. With `token_loss`, its (loss,
+        metrics) instead."""
+        inputs = rows.inputs()
+        hidden = self.model(
+            inputs.tokens,
+            positions=inputs.positions,
+            document_ids=None if one_document_a_row(rows) else inputs.document_ids,
+        )
+        log_probs, entropy = self._label_scores(hidden, inputs, with_entropy)
+        if token_loss is not None:
+            return token_loss(log_probs, entropy, rows)
+        values = None if self.value_head is None else at_least_fp32(self.value_head(hidden)).squeeze(-1)
+        classes = None
+        if self.class_head is not None:
+            classes = at_least_fp32(self.class_head(last_token(hidden, inputs.document_ids)))
+        return Scores(log_probs=log_probs, entropy=entropy, values=values, classes=classes)
+
+    def _label_scores(self, hidden: Tensor, inputs: TokenBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        mask = inputs.loss_mask
+        zeros = torch.zeros(mask.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        if not self.scores_labels:
+            return zeros, None
+        model = self.model
+        log_probs, entropy = self.log_probs(
+            hidden[mask], model.output_weight, inputs.labels[mask], model.config.vocab_size, with_entropy
+        )
+        place = mask.nonzero(as_tuple=True)
+        spread = zeros.index_put(place, log_probs)
+        return spread, None if entropy is None else zeros.index_put(place, entropy)
+
+
+def one_document_a_row(rows: Rows) -> bool:
+    """Whether plain causal attention is enough: each row one document, padded on the right.
+
+    Pairs and rollouts are so by construction. Token rows may be packed; they are looked at where that costs nothing,
+    on the CPU, and taken as packed elsewhere, where looking would stop the device's queue.
+    """
+    if not isinstance(rows, TokenBatch):
+        return True
+    ids = rows.document_ids
+    return ids.device.type == "cpu" and bool(((ids <= 1).all() & (ids[:, 1:] <= ids[:, :-1]).all()).item())
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def logical_name(name: str) -> str:
+    """A Scorer's parameter name as everyone outside knows it: "model.norm.weight" -> "norm.weight"."""
+    return name.removeprefix("model.")
