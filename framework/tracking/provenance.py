@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "ray", "hydra-core")
 
 
 def provenance() -> dict[str, Any]:
-    """{"versions": {package: version}, "machine": ..., "commit": of the checkout, with "-dirty" where it was changed}."""
+    """{"versions": {package: version}, "machine": ..., "commit": of the checkout, marked "-dirty" where changed}."""
     return {"versions": _versions(), "machine": f"{platform.system()} {platform.machine()}", "commit": _commit()}
 
 
