@@ -35,6 +35,17 @@ class NonFiniteError(FrameworkError):
     """The loss or the gradient is NaN or infinite and the recipe says to stop."""
 
 
+class Interrupted(FrameworkError):
+    """The run was asked to stop, saved, and stopped. `exit_code` says by what: 130 interrupted, 143 terminated."""
+
+    def __init__(self, message: str, exit_code: int = 130):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.exit_code)  # it keeps its code on the way home from a Ray worker
+
+
 class WorkerError(FrameworkError):
     """A worker died or raised; the message names role, rank and phase, and shows its last log lines."""
 

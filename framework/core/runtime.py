@@ -2,15 +2,19 @@
 
 import contextlib
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
-from framework.core.errors import UsageError
+from framework.core.errors import Interrupted, UsageError
 
 _CPU = torch.device("cpu")
 # Dense bf16 peak of one card in FLOP/s, from the vendor's data sheets; MFU needs it.
@@ -54,7 +58,11 @@ def start(
     exact = place.type == "cpu" if deterministic is None else deterministic
     if threads is not None:
         torch.set_num_threads(threads)
+    if exact:  # cuBLAS reads this at its first call, and without it refuses to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(exact, warn_only=False)
+    # It would write every new tensor once more, and nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world_size > 1 and not dist.is_initialized():
@@ -66,6 +74,61 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def agreed(flag: bool) -> bool:
+    """Whether `flag` is up on any rank of the world, the same answer on all of them. Collective."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM and SIGUSR1 (what a queue sends before it kills) become a wish, granted between two steps.
+
+        with StopRequest() as stop:
+            for step in ...:
+                if agreed(stop.requested):
+                    save(); raise stop.error(f"after step {step}")
+
+    A second signal does not wait: it raises Interrupted where the program stands, and a third one kills. Handlers can
+    only be installed in a process's main thread; elsewhere (a Ray worker's) the object is there but never asked.
+    """
+
+    _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.exit_code = 0  # 130 or 143 once asked
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.exit_code != 0
+
+    def error(self, where: str) -> Interrupted:
+        """What to raise once all is saved. A rank that was not asked itself goes with those that were."""
+        code = self.exit_code or self._EXIT_CODES[signal.SIGTERM]
+        return Interrupted(f"stopped {where}; the same command continues from here", code)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in self._EXIT_CODES}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        first, self.exit_code = not self.requested, self._EXIT_CODES[number]
+        if first:
+            return
+        for other in self._EXIT_CODES:
+            signal.signal(other, signal.SIG_DFL)
+        raise Interrupted("stopped at once, without saving", self.exit_code)
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

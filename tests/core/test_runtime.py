@@ -1,6 +1,8 @@
 """Where a process stands: device choice and its refusals, threads, ports, a process group of two."""
 
 import os
+import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from framework.core import runtime
-from framework.core.errors import UsageError
+from framework.core.errors import Interrupted, UsageError
 from framework.core.runtime import choose_device, free_port, num_gpus, num_threads, peak_flops, peak_memory_bytes
 
 CPU = torch.device("cpu")
@@ -114,3 +116,23 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.distributed.is_initialized()
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+def test_a_signal_becomes_a_wish_and_a_second_one_leaves_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with runtime.StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+        assert runtime.agreed(stop.requested)
+        assert stop.error("after step 3").exit_code == 143
+        with pytest.raises(Interrupted, match="without saving") as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert caught.value.exit_code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interruption_keeps_its_code_when_pickled() -> None:
+    error = pickle.loads(pickle.dumps(Interrupted("stopped after step 3", 143)))
+    assert (str(error), error.exit_code) == ("stopped after step 3", 143)
