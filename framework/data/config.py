@@ -7,11 +7,12 @@ from framework.core.config import require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`train` and `valid` are files or folders; or `valid_share` of train (0.02) is held out by content hash."""
+    """`train` and `valid` are files or folders; `valid_share` of train (0.02) is held out by content hash instead."""
 
     train: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
     valid_share: float = 0.0
+    weights: list[float] = field(default_factory=list)  # one a file or folder of train: its share of the rows drawn
     format: str = "auto"  # or a registered data_format
     max_tokens: int = 128  # of one row, prompt and response together
     packing: bool = True  # several documents a row, attention kept apart
@@ -22,6 +23,11 @@ class DataConfig:
         require(self.max_tokens >= 2, f"data.max_tokens={self.max_tokens} must be at least 2")
         require(0.0 <= self.valid_share < 1.0, f"data.valid_share={self.valid_share} must be in [0, 1)")
         require(self.over_length in ("refuse", "skip"), f"data.over_length={self.over_length}: choose refuse or skip")
+        require(
+            not self.weights or len(self.weights) == len(self.train),
+            f"data.weights has {len(self.weights)} entries and data.train {len(self.train)}; give one a file or folder",
+        )
+        require(all(w > 0 for w in self.weights), f"data.weights={self.weights} must all be positive")
 
 
 @dataclass(frozen=True)

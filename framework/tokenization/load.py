@@ -61,6 +61,10 @@ class HubTokenizer:
         """The bytes that a token adds to a text: b"" for a special token, and for an id without a token."""
         return self._bytes[token_id] if token_id < len(self._bytes) else b""
 
+    def token_text(self, token_id: int) -> str:
+        """A token as the vocabulary spells it: "<|end|>", "Ġthe", "<0xE6>"; for showing, never for joining."""
+        return str(self._backend.id_to_token(token_id) or f"<{token_id}>")
+
     def render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         """The conversation as the chat template writes it; with `generation_prompt`, up to where an answer begins."""
         if self._template is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from framework.core.errors import DataError
 from framework.tokenization.config import END_TOKEN, NUM_BYTES, PAD_TOKEN, TokenizerConfig, TokenizerKind
@@ -29,6 +29,9 @@ def train(texts: Iterator[str], config: TokenizerConfig, progress: Callable[[int
     """
     counted = _counted(texts, progress)
     trained = _character(counted, config) if config.kind is TokenizerKind.CHARACTER else _bpe(counted, config)
+    # A document begins with the token that ends one, as GPT-2's do: only so is its first word predicted too.
+    begin = (END_TOKEN, config.special_tokens.index(END_TOKEN))
+    trained.post_processor = processors.TemplateProcessing(single=f"{END_TOKEN} $A", special_tokens=[begin])
     trained.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in config.special_tokens])
     return HubTokenizer(trained, _hub_config(config), default_template(config.special_tokens))
 
@@ -71,9 +74,10 @@ def _hub_config(config: TokenizerConfig) -> dict[str, Any]:
     """tokenizer_config.json; a tokenizer without a pad token pads with its end token, which masks make harmless."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_TOKEN,
         "eos_token": END_TOKEN,
         "pad_token": PAD_TOKEN if PAD_TOKEN in config.special_tokens else END_TOKEN,
-        "add_bos_token": False,
+        "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
     }
 

@@ -1,0 +1,80 @@
+"""From messages to ids, with a mask of what the assistant wrote, by the tokenizer's own template.
+
+An answer is what the template adds to a prompt: the ids of the conversation up to and with the answer, less those up
+to where it begins. That is exactly what a generator sees and what it should say. It needs a prefix-stable template, one
+that never rewrites what stands already, and is checked on every sample. Left out: templates' own `{% generation %}`
+marks, which most templates lack.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from framework.core.errors import DataError, UsageError
+from framework.core.records import Message, Rendered, Tokenizer
+
+
+class UnstableTokens(DataError):
+    """One sample whose answer begins inside a token that the prompt ends with; its mask has no exact boundary."""
+
+
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids up to where the assistant's answer begins."""
+    return tokenizer.encode(tokenizer.render(messages, generation_prompt=True))
+
+
+def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
+    """Every assistant's turn is trained, its end token included; what follows the last one is left out.
+
+    Example: <|user|> hi <|end|> <|assistant|> yo <|end|> is trained in its last two tokens.
+    """
+    turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
+    return _render(tokenizer, messages, turns)
+
+
+def render_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -> Rendered:
+    """Only the last turn is trained: `answer` and its end token."""
+    return _render(tokenizer, [*prompt, Message("assistant", answer)], [len(prompt)])
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], turns: list[int]) -> Rendered:
+    if not turns:
+        return Rendered((), ())
+    texts = [text for turn in turns for text in _around(tokenizer, messages, turn)]
+    for shorter, longer in pairwise(texts):
+        _check_prefix(shorter, longer)
+    ids = tokenizer.encode(texts[-1])
+    mask: list[bool] = []
+    for before, after in zip(texts[::2], texts[1::2]):
+        start, stop = _span(tokenizer, ids, before, after)
+        mask += [False] * (start - len(mask)) + [True] * (stop - start)
+    return Rendered(tuple(ids[: len(mask)]), tuple(mask))
+
+
+def _around(tokenizer: Tokenizer, messages: Sequence[Message], turn: int) -> tuple[str, str]:
+    """The text up to where an answer begins, and up to where it is finished."""
+    return tokenizer.render(messages[:turn], True), tokenizer.render(messages[: turn + 1], False)
+
+
+def _check_prefix(shorter: str, longer: str) -> None:
+    if longer.startswith(shorter):
+        return
+    at = next((n for n, (a, b) in enumerate(zip(shorter, longer)) if a != b), min(len(shorter), len(longer)))
+    raise UsageError(
+        f"the chat template is not prefix-stable: what read {shorter[at : at + 40]!r} becomes {longer[at : at + 40]!r} "
+        "once the conversation goes on, so training would not see what a chat sees; give a template that only appends "
+        "(chat_template.jinja), or samples with one answer"
+    )
+
+
+def _span(tokenizer: Tokenizer, ids: list[int], before: str, after: str) -> tuple[int, int]:
+    """[start, stop) of an answer in `ids`, its end token the last one."""
+    prompt, finished = tokenizer.encode(before), tokenizer.encode(after)
+    if ids[: len(prompt)] != prompt or ids[: len(finished)] != finished:
+        raise UnstableTokens("a token reaches across the beginning or the end of an answer")
+    for stop in range(len(finished), len(prompt), -1):
+        if finished[stop - 1] == tokenizer.end_id:
+            return len(prompt), stop
+    raise UsageError(
+        "the chat template does not write the tokenizer's end token behind an answer, so a model could never learn to "
+        "stop; set eos_token in tokenizer_config.json to the token that ends an answer"
+    )

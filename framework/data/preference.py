@@ -1,0 +1,96 @@
+"""Pairs of answers to one prompt, for reward models and preference learning: never packed, all of one width."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from framework.core.errors import DataError
+from framework.core.records import PreferenceBatch, PreferenceSample, Sample, TokenBatch, Tokenizer
+from framework.data.chat_template import UnstableTokens, render_answer
+from framework.data.config import DataConfig
+from framework.data.loader import RowSource
+from framework.data.mixture import open_parts
+from framework.data.prepare import Prepared, Progress, Skip
+from framework.data.preview import marked
+from framework.data.rows import PreparedRows, open_shards
+from framework.data.shards import OVER_LENGTH, Array, Shards
+
+
+def open_rows(
+    config: DataConfig, part: str, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress | None = None
+) -> RowSource:
+    """The pairs of "train" or "valid", prepared under `folder` (or data.cache) where they are not yet.
+
+    The content does not depend on `seed`; only the loader's order does.
+    """
+
+    def open_one(config: DataConfig) -> PairRows:
+        render = partial(render_pairs, tokenizer, config.max_tokens)
+        shards = open_shards(config, part, tokenizer, folder, progress, kind="preference", render=render)
+        return PairRows(shards, tokenizer, config.max_tokens)
+
+    return open_parts(config, part, open_one)
+
+
+class PairRows(PreparedRows):
+    """Row r is pair r: sequence 2r chosen, 2r + 1 rejected. `margin` where any pair of the data has one, else None."""
+
+    def __init__(self, shards: Shards, tokenizer: Tokenizer, max_tokens: int):
+        super().__init__(shards, tokenizer, max_tokens)
+        margins = np.array(shards.array("margin"))
+        self._margins = None if np.isnan(margins).all() else np.nan_to_num(margins).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.shards) // 2
+
+    def rows(self, index: Array) -> PreferenceBatch:
+        """Both sides [B, max_tokens] for pair numbers [B] int64."""
+        margin = None if self._margins is None else torch.from_numpy(self._margins[index])
+        return PreferenceBatch(self._side(2 * index), self._side(2 * index + 1), margin)
+
+    def preview(self) -> str:
+        """The first pair."""
+        chosen, rejected = (marked(self.tokenizer, *self.shards.sequence(n)) for n in (0, 1))
+        return f"{chosen}\n  is preferred to\n{rejected}"
+
+    def _side(self, numbers: Array) -> TokenBatch:
+        """[B, max_tokens]. Unlike in packed rows the end token is read too: a reward is read off its hidden state."""
+        shape = (len(numbers), self.max_tokens)
+        tokens, labels, documents = (np.zeros(shape, np.int64) for _ in range(3))
+        loss_mask = np.zeros(shape, bool)
+        for b, number in enumerate(numbers.tolist()):
+            ids, mask = self.shards.sequence(number)
+            size = len(ids)
+            tokens[b, :size], documents[b, :size] = ids, 1
+            labels[b, : size - 1], loss_mask[b, : size - 1] = ids[1:], mask[1:]
+        positions = np.arange(self.max_tokens) * documents
+        return TokenBatch(*map(torch.from_numpy, (tokens, labels, loss_mask, positions, documents)))
+
+
+def render_pairs(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -> list[Prepared | Skip]:
+    """Both answers behind their prompt, each ended by the end token; only the answers are trained."""
+    return [_pair(tokenizer, max_tokens, sample) for sample in samples]
+
+
+def _pair(tokenizer: Tokenizer, max_tokens: int, sample: Sample) -> Prepared | Skip:
+    if not isinstance(sample, PreferenceSample):
+        raise DataError("a reward model takes pairs (format preference)")
+    if sample.chosen == sample.rejected:
+        return Skip("chosen and rejected are equal")
+    answers = (sample.chosen, sample.rejected)
+    try:
+        sides = [render_answer(tokenizer, sample.prompt, answer) for answer in answers]
+    except UnstableTokens as error:
+        return Skip(str(error))
+    longest = max(len(side.ids) for side in sides)
+    if longest > max_tokens:
+        return Skip(OVER_LENGTH, longest)
+    return Prepared(
+        sequences=tuple(side.ids for side in sides),
+        masks=tuple(side.loss_mask for side in sides),
+        num_tokens=sum(sum(side.loss_mask) for side in sides),
+        num_bytes=sum(len(answer.encode()) for answer in answers),
+        margin=sample.margin,
+    )

@@ -1,0 +1,51 @@
+"""Rows to fine-tune on: conversations by the tokenizer's chat template, the assistant's turns trained."""
+
+from functools import partial
+from pathlib import Path
+
+from framework.core.errors import DataError
+from framework.core.records import ConversationSample, Sample, Tokenizer
+from framework.data.chat_template import UnstableTokens, render_conversation
+from framework.data.config import DataConfig
+from framework.data.loader import RowSource
+from framework.data.mixture import open_parts
+from framework.data.prepare import Prepared, Progress, Skip
+from framework.data.rows import TokenRows, open_shards, pack
+from framework.data.shards import OVER_LENGTH
+
+
+def open_rows(
+    config: DataConfig, part: str, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress | None = None
+) -> RowSource:
+    """The rows of "train" or "valid", prepared under `folder` (or data.cache) where they are not yet.
+
+    The content does not depend on `seed`; only the loader's order does.
+    """
+
+    def open_one(config: DataConfig) -> TokenRows:
+        render = partial(render_conversations, tokenizer, config.max_tokens)
+        shards = open_shards(config, part, tokenizer, folder, progress, kind="sft", render=render, finish=pack(config))
+        return TokenRows(shards, tokenizer, config.max_tokens)
+
+    return open_parts(config, part, open_one)
+
+
+def render_conversations(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -> list[Prepared | Skip]:
+    """A conversation needs one position less than it has ids: the last id is only predicted, never read."""
+    return [_conversation(tokenizer, max_tokens, sample) for sample in samples]
+
+
+def _conversation(tokenizer: Tokenizer, max_tokens: int, sample: Sample) -> Prepared | Skip:
+    if not isinstance(sample, ConversationSample):
+        raise DataError("sft takes conversations (formats alpaca, sharegpt, messages)")
+    answers = [message.content for message in sample.messages if message.role == "assistant"]
+    if not any(answer.strip() for answer in answers):
+        return Skip("nothing to train: no assistant's turn with text")
+    try:
+        rendered = render_conversation(tokenizer, sample.messages)
+    except UnstableTokens as error:
+        return Skip(str(error))
+    if len(rendered.ids) - 1 > max_tokens:
+        return Skip(OVER_LENGTH, len(rendered.ids) - 1)
+    num_bytes = sum(len(answer.encode()) for answer in answers)
+    return Prepared((rendered.ids,), (rendered.loss_mask,), sum(rendered.loss_mask[1:]), num_bytes)
