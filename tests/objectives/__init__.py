@@ -1,0 +1,1 @@
+"""The mathematics: hand-worked numbers, independent implementations, and laws over random inputs."""
