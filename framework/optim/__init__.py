@@ -1,1 +1,1 @@
-"""."""
+"""F2: the optimizer and its schedule."""
