@@ -4,7 +4,9 @@
 
 Sums over disjoint boxes add up to the sum over the whole, so every rank hashes what it holds and nobody gathers. An odd
 factor cannot map a changed element to an unchanged product: one wrong element always changes the hash, two swapped ones
-practically always. It guards against accidents, not against a forger; sha256 stands beside it.
+practically always. Elements of 8 bytes count as two of 4: modulo 2**64 the signs of a float64 tensor would otherwise
+weigh the same everywhere, and x and -x would look alike. This guards against accidents, not against a forger; sha256
+stands beside it.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ from framework.core.records import Box, whole
 
 MODULUS = 1 << 64
 _CHUNK = 1 << 17  # elements: the two int64 buffers stay in the cache
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 # The odd constants of SplitMix64 (Steele et al., OOPSLA 2014), as int64.
 _GOLDEN, _MULTIPLIER = 0x9E3779B97F4A7C15 - MODULUS, 0xBF58476D1CE4E5B9 - MODULUS
 
@@ -33,7 +35,9 @@ def tensor_hash(tensor: Tensor, box: Box | None = None, shape: Sequence[int] | N
     box = whole(shape) if box is None else box
     if tuple(length for _, length in box) != tuple(tensor.shape):
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} cannot fill the box {box}")
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).reshape(-1)
+    if tensor.element_size() == 8:
+        box, shape = (*box, (0, 2)), (*shape, 2)
+    bits = tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
     buffers = torch.empty(2, min(_CHUNK, max(1, bits.numel())), dtype=torch.int64, device=bits.device)
     total, done = 0, 0
     for rows, columns in _spread_indices(box, shape, bits.device):

@@ -80,14 +80,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
         content = json.loads(raw)
-        digest = content.pop("sha256", None)
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{path} is cut short or altered: it is not a JSON object") from None
-    if digest is None or render_manifest(content) != raw:
+    except ValueError:
+        raise CheckpointError(f"{path} is cut short or altered: it is not JSON") from None
+    if not isinstance(content, dict) or content.pop("sha256", None) is None or render_manifest(content) != raw:
         raise CheckpointError(f"{path} was altered: it does not match its own sha256")
     if content["format"] != _FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}; this version reads format {_FORMAT}")
-    return dict(content)
+    return content
 
 
 def describe(staging: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
