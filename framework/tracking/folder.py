@@ -116,7 +116,8 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
-                replace_text(path, "".join(line for line in _whole_lines(path) if 0 < _step_of(line) <= step))
+                kept = [line for line in _whole_lines(path) if step and 0 <= _step_of(line) <= step]
+                replace_text(path, "".join(kept))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: `summary` (with "figures") and where it came from. From here on the run is finished."""

@@ -1,0 +1,266 @@
+"""`report.html`: what a chain of runs learned, on one page that needs no network and runs no code.
+
+Everything is read from run folders, so the page can be made again at any time:
+    summary.json    "stage", "seconds", "figures", and "learned": [{"what": ..., "before": ..., "after": ...}]
+    metrics.jsonl   curves: train/X and valid/X share a picture
+    samples.jsonl   {"step", "prompt", "response", "score"?}: the first and the last answer to a prompt, side by side
+    rollout.json    one response token by token, see `Rollout`
+    checkpoints/    step, metrics and sha256 of each manifest
+    config.yaml     `init_from: .../sft/model` tells whose result a run began with
+Left out: everything that is not in those files.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from framework.core.errors import DataError, UsageError
+from framework.tracking.atomic import replace_text
+from framework.tracking.chart import Chart, Points, draw, number
+from framework.tracking.lineage import Lineage, lay_out
+from framework.tracking.status import duration, read_status
+
+_SHOWN_CHARTS, _SHOWN_SAMPLES = 6, 6
+_TRACKS = ("log_probs", "reference_log_probs", "kl", "rewards", "values", "advantages")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One row of the stage table."""
+
+    what: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model said to one prompt: first, and last (None where it was asked once)."""
+
+    prompt: str
+    before: str
+    after: str | None
+    before_score: float | None
+    after_score: float | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One position of a rollout. `share`: the advantage as a part of the largest in the response, in [-1, 1]."""
+
+    text: str
+    counts: bool
+    share: float
+    log_prob: float
+    reference_log_prob: float
+    kl: float
+    reward: float
+    value: float
+    advantage: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """rollout.json: {"tokens": [str], "response_mask": [bool], "log_probs", "reference_log_probs", "kl", "rewards",
+    "values", "advantages": [float], "score": float?, "step": int?}; all lists as long as `tokens`, token positions."""
+
+    tokens: tuple[Token, ...]
+    score: float | None
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run folder as the page shows it."""
+
+    name: str
+    stage: str
+    state: str
+    seconds: float
+    learned: tuple[Learned, ...]
+    charts: tuple[Chart, ...]
+    more_charts: tuple[Chart, ...]
+    answers: tuple[Answers, ...]
+    rollout: Rollout | None
+    digest: str
+    parents: dict[str, tuple[str, str]]  # role -> (name of the run it came from, or its path; digest)
+    checkpoints: tuple[dict[str, Any], ...]
+    summary: dict[str, Any]
+
+
+def write_report(path: Path, folders: Sequence[Path], title: str = "") -> Path:
+    """Write the page on the runs in `folders`, in that order, to `path`. Folders that hold no run are left out."""
+    found = [Path(folder) for folder in folders if read_status(Path(folder)) is not None]
+    if not found:
+        raise UsageError(f"no run folder among {', '.join(map(str, folders)) or '(none)'}: nothing to report")
+    labels = _labels(found)
+    stages = [read_stage(folder, labels) for folder in found]
+    environment = Environment(
+        loader=PackageLoader("framework.tracking", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "duration": duration}
+    page = environment.get_template("report.html").render(
+        title=title or Path(path).resolve().parent.name,
+        stages=stages,
+        lineage=_lineage(stages),
+        seconds=sum(stage.seconds for stage in stages),
+        facts=_facts(stages),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, page)
+    return path
+
+
+def read_stage(folder: Path, labels: Mapping[Path, str]) -> Stage:
+    """What the page shows of one run; `labels`: folder -> name of the runs among which its parents are looked for."""
+    status, summary = read_status(folder), _json(folder / "summary.json") or {}
+    charts = _charts(_json_lines(folder / "metrics.jsonl"))
+    return Stage(
+        name=labels[folder],
+        stage=str(summary.get("stage") or (status.stage if status else "") or folder.name),
+        state=status.state if status else "",
+        seconds=float(summary.get("seconds") or (status.seconds if status else 0.0)),
+        learned=_learned(summary),
+        charts=charts[:_SHOWN_CHARTS],
+        more_charts=charts[_SHOWN_CHARTS:],
+        answers=_answers(_json_lines(folder / "samples.jsonl"))[:_SHOWN_SAMPLES],
+        rollout=_rollout(folder / "rollout.json"),
+        digest=str(summary.get("digest", "")),
+        parents=_parents(folder, status.parents if status else {}, labels),
+        checkpoints=_checkpoints(folder),
+        summary=summary,
+    )
+
+
+def _labels(folders: Sequence[Path]) -> dict[Path, str]:
+    """What each run is called: the folder's name, or its path where two have one name."""
+    names = [folder.name for folder in folders]
+    return {folder: folder.name if names.count(folder.name) == 1 else str(folder) for folder in folders}
+
+
+def _learned(summary: dict[str, Any]) -> tuple[Learned, ...]:
+    """The summary's own rows; without them every figure that has a NAME/before; without those all figures."""
+    figures: dict[str, Any] = summary.get("figures", {})
+    rows = summary.get("learned") or [
+        {"what": name, "before": figures[f"{name}/before"], "after": value}
+        for name, value in figures.items()
+        if f"{name}/before" in figures
+    ]
+    rows = rows or [{"what": name, "after": value} for name, value in figures.items()]
+    return tuple(Learned(str(row["what"]), _cell(row.get("before")), _cell(row.get("after"))) for row in rows)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else number(value) if isinstance(value, int | float) else str(value)
+
+
+def _charts(lines: list[dict[str, Any]]) -> tuple[Chart, ...]:
+    """train/X and valid/X in one picture X, which comes first; then the rest in the order of the file."""
+    series: dict[str, list[tuple[float, float | None]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and (value is None or isinstance(value, int | float)):
+                series.setdefault(name, []).append((float(line["step"]), value))
+    groups: dict[str, dict[str, Points]] = {}
+    for name, points in series.items():
+        part, _, rest = name.partition("/")
+        title, label = (rest, part) if part in ("train", "valid") and rest else (name, "")
+        groups.setdefault(title, {})[label] = points
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return tuple(chart for title, group in ordered if (chart := draw(title, group)) is not None)
+
+
+def _answers(lines: list[dict[str, Any]]) -> tuple[Answers, ...]:
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        if "response" in line:
+            by_prompt.setdefault(str(line.get("prompt", "")), []).append(line)
+
+    def answers(prompt: str, said: list[dict[str, Any]]) -> Answers:
+        first, last = said[0], said[-1] if said[-1]["step"] > said[0]["step"] else None
+        after, score = (str(last["response"]), last.get("score")) if last else (None, None)
+        return Answers(prompt, str(first["response"]), after, first.get("score"), score)
+
+    return tuple(answers(prompt, said) for prompt, said in by_prompt.items())
+
+
+def _rollout(path: Path) -> Rollout | None:
+    content = _json(path)
+    if content is None:
+        return None
+    size = len(content.get("tokens", []))
+    for name in ("tokens", "response_mask", *_TRACKS):
+        if len(content.get(name, [])) != size or not size:
+            raise DataError(f"'{name}' has {len(content.get(name, []))} entries for {size} tokens", str(path))
+    counts = [bool(flag) for flag in content["response_mask"]]
+    advantages = [float(value) for value in content["advantages"]]
+    most = max((abs(value) for value, flag in zip(advantages, counts) if flag), default=0.0) or 1.0
+    tokens = tuple(
+        Token(str(text), counts[t], advantages[t] / most if counts[t] else 0.0, *(content[n][t] for n in _TRACKS))
+        for t, text in enumerate(content["tokens"])
+    )
+    return Rollout(tokens, content.get("score"), content.get("step"))
+
+
+def _parents(folder: Path, digests: dict[str, str], labels: Mapping[Path, str]) -> dict[str, tuple[str, str]]:
+    """Role -> (run, digest): the recipe's path under that role, if it lies in one of the other runs."""
+    try:
+        recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (FileNotFoundError, yaml.YAMLError):
+        recipe = {}
+    homes = {run.resolve(): label for run, label in labels.items()}
+    found = {}
+    for role, digest in digests.items():
+        path = Path(str(recipe.get(role, role)))
+        home = next((homes[place] for place in (path.resolve(), *path.resolve().parents) if place in homes), None)
+        found[role] = (home or str(path), digest)
+    return found
+
+
+def _checkpoints(folder: Path) -> tuple[dict[str, Any], ...]:
+    manifests = [_json(path) for path in sorted((folder / "checkpoints").glob("step_*/manifest.json"))]
+    return tuple(m for m in manifests if m is not None and {"step", "metrics", "sha256"} <= set(m))
+
+
+def _lineage(stages: Sequence[Stage]) -> Lineage:
+    names = [stage.name for stage in stages]
+    parents = {stage.name: [run for run, _ in stage.parents.values() if run in names] for stage in stages}
+    notes = {stage.name: stage.digest or stage.state for stage in stages}
+    return lay_out(names, {name: sorted(set(p)) for name, p in parents.items()}, notes)
+
+
+def _facts(stages: Sequence[Stage]) -> dict[str, str]:
+    """What the runs were made with, as the last finished one says."""
+    summary = next((stage.summary for stage in reversed(stages) if stage.summary), {})
+    facts = {"commit": summary.get("commit"), "seed": summary.get("seed"), "machine": summary.get("machine")}
+    facts |= summary.get("versions", {})
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or what stands there is no object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects with a step; a line torn by a kill is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int | float):
+            found.append(content)
+    return found
