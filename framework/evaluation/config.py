@@ -9,3 +9,5 @@ class EvaluationConfig:
 
     tasks: list[str] = field(default_factory=list)  # registered tasks, or files that define one
     limit: int = 0  # examples a task; 0 = all
+    samples: int = 1  # answers an example
+    baselines: bool = False  # also measure what bigrams (and lengths) alone achieve; for small data, in plain Python

@@ -46,7 +46,9 @@ def _torch_lines() -> list[tuple[str, str, str]]:
         device = f"{choose_device('auto')}, {num_gpus()} GPUs"
     except UsageError as error:
         return [("ok", "torch", torch.__version__), ("MISSING", "GPU", str(error))]
-    backends = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
+    backends = [
+        name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
+    ]
     return [
         ("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("ok", "device", device),

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from framework.core.errors import Interrupted, UsageError
 from framework.stages.config import NOT_IN_HASH, RunConfig
 from framework.stages.plan import plain
 from framework.tracking.folder import RunFolder
+from framework.tracking.identity import LENGTHS
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class Job:
     def finished(self) -> bool:
         return self.folder.is_finished
 
+    def say(self, line: str) -> None:
+        """A line for a person, from the main rank alone."""
+        if self.runtime.is_main:
+            print(line, flush=True)
+
+    def learned(self, what: str, after: float, before: float | str | None = None) -> None:
+        """A row of the closing table: what was learned, before -> after."""
+        self.facts.setdefault("learned", []).append({"what": what, "before": before, "after": after})
+
     def result(self) -> Run:
         """The run as its summary tells it."""
         return Run(Path(self.folder.path), self.folder.summary)
@@ -59,15 +68,22 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: RunConfig, parents: Mapping[str, str] | None = None) -> Iterator[Job]:
+def open_job(
+    config: RunConfig, parents: Mapping[str, str] | None = None, recipe: Mapping[str, Any] | None = None
+) -> Iterator[Job]:
     """Open (or continue) the run folder of `config` and settle this process; on the way out leave a true status.
 
-    `parents` are the folders that the result depends on: their content is part of the run's identity.
+    `parents` are the folders that the result depends on: their content is part of the run's identity, and so is
+    `recipe`, what else decides the result.
     """
     load_extensions(config.extensions)
     place = runtime.start(config.device, config.threads, config.deterministic)
     digests = {role: folder_digest(path) for role, path in (parents or {}).items() if path}
-    folder = RunFolder.open(config.folder, plain(config), digests, NOT_IN_HASH, is_main=place.is_main)
+    whole = plain(config) | dict(recipe or {})
+    members = whole.get("members", {})
+    inner = [key for key in NOT_IN_HASH if key not in LENGTHS]  # a longer member makes another pipeline
+    ignored = [*NOT_IN_HASH, *(f"members.{stage}.{key}" for stage in members for key in inner)]
+    folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main)
     try:
         with runtime.StopRequest() as stop:
             yield Job(config, folder, place, stop)
@@ -124,9 +140,3 @@ def _import_file(path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """summary.json of a finished run, None where there is none."""
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None

@@ -52,7 +52,8 @@ def _batch_lines(config: RunConfig) -> list[str]:
         responses = config.rollout.prompts * config.rollout.samples
         steps = responses // config.batch.size * config.ppo.epochs
         return [
-            f"one iteration = {config.rollout.prompts} prompts x {config.rollout.samples} samples = {responses} responses",
+            f"one iteration = {config.rollout.prompts} prompts x {config.rollout.samples} samples "
+            f"= {responses} responses",
             f"updated in {steps} optimizer steps of {config.batch.size} responses ({config.ppo.epochs} epochs)",
             f"a row is {config.width} tokens wide",
         ]
@@ -70,10 +71,11 @@ def _memory_lines(config: RunConfig) -> list[str]:
         model, note = replace(model, vocab_size=_vocabulary_size(vocabulary)), ", vocabulary from the tokenizer"
     parameters = num_parameters(model)
     memory = state_memory(parameters, config.engine.precision, config.parallel, 1)
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    states = " + ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
     return [
         f"{parameters:,} parameters{note}",
-        f"states on one rank: weights {memory.weights / 2**20:,.1f} MiB + gradients {memory.gradients / 2**20:,.1f} MiB "
-        f"+ optimizer {memory.optimizer / 2**20:,.1f} MiB = {memory.total / 2**20:,.1f} MiB (activations not counted)",
+        f"states on one rank: {states} = {memory.total / 2**20:,.1f} MiB (activations not counted)",
     ]
 
 

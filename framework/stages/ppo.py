@@ -6,7 +6,7 @@ directly in this process or as Ray actors, and the loop cannot tell. Left out: h
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from framework.core import random
 from framework.core.masked import masked_mean, masked_sum
-from framework.core.records import Experience, PromptBatch, Rollout
+from framework.core.records import Experience, Rollout
 from framework.core.registry import lookup
 from framework.objectives.advantage import whiten
 from framework.objectives.kl import adapt_coefficient, estimate_kl, token_rewards
 from framework.stages.config import PpoRun
-from framework.stages.roles import Roles, open_roles
+from framework.stages.roles import Roles
 from framework.workers.config import KlControl, PpoConfig
 
 Figures = dict[str, float]
@@ -65,9 +65,7 @@ def judge(roles: Roles, rollout: Rollout) -> Judged:
     return Judged(scores.result(), old.result(), reference.result(), values.result())
 
 
-def make_experience(
-    rollout: Rollout, judged: Judged, coefficient: float, ppo: PpoConfig
-) -> tuple[Experience, Figures]:
+def make_experience(rollout: Rollout, judged: Judged, coefficient: float, ppo: PpoConfig) -> tuple[Experience, Figures]:
     """KL into the reward, score on the last token, GAE, whitening: pure. Returns the experience and what to report."""
     mask = rollout.response_mask
     scores = shaped_scores(judged.scores, rollout.finished, ppo)

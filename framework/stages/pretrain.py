@@ -1,0 +1,47 @@
+"""Pretraining: plain text in, a language model out. Read from top to bottom; the loop stands in `engine/loop.py`."""
+
+from torch import Tensor
+
+from framework.core.records import Counts, Metrics, Rows
+from framework.data.loader import RowSource
+from framework.data.pretrain import open_rows
+from framework.objectives.language import next_token_loss
+from framework.stages.baselines import bigram_nats
+from framework.stages.config import PretrainRun
+from framework.stages.job import Run, open_job
+from framework.stages.samples import run_tasks
+from framework.stages.training import Figures, fit, open_both, open_start
+
+
+def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
+    """Cross-entropy of every label that counts, over the global number of them. Also the loss of sft."""
+    return next_token_loss(log_probs, rows.inputs().loss_mask, counts.tokens)
+
+
+token_loss.pointwise = True  # type: ignore[attr-defined]
+
+
+def run(config: PretrainRun) -> Run:
+    """Train on data.train, validate on data.valid, export model/."""
+    with open_job(config, {"init_from": config.init_from, "tokenizer": config.tokenizer}) as job:
+        if job.finished:
+            return job.result()
+        start = open_start(config)
+        rows = open_both(job, config, open_rows, start.tokenizer)
+        figures = fit(job, config, start, rows, token_loss)
+        if rows.valid is not None:
+            figures |= per_byte(figures, rows.valid)
+            what = "held-out nats per byte"
+            if config.evaluation.baselines:
+                bigram = bigram_nats(rows.train, rows.valid, start.model.vocab_size) / rows.valid.num_bytes
+                figures["baseline/bigram_nats_per_byte"] = bigram
+                what = f"{what} (a bigram: {bigram:.3f})"
+            job.learned(what, figures["valid/nats_per_byte"], figures["valid/nats_per_byte/before"])
+        figures |= run_tasks(job, config)
+        return job.finish(figures)
+
+
+def per_byte(figures: Figures, valid: RowSource) -> Figures:
+    """Losses in nats per UTF-8 byte of the held-out text, end tokens paid for: comparable between tokenizers."""
+    scale = valid.num_tokens / valid.num_bytes
+    return {f"valid/nats_per_byte{when}": figures[f"valid/loss{when}"] * scale for when in ("", "/before")}

@@ -1,0 +1,47 @@
+"""The reward model: pairs in, a scorer of answers out (Stiennon et al. 2020, section 3.4; Ouyang et al. 2022)."""
+
+from functools import partial
+
+from torch import Tensor
+
+from framework.core.records import Counts, Metrics, PreferenceBatch, Rows, Scores
+from framework.data.preference import open_rows
+from framework.objectives.preference import pairwise_ranking_loss
+from framework.stages.baselines import pair_accuracy
+from framework.stages.config import RewardModelRun
+from framework.stages.job import Run, open_job
+from framework.stages.training import fit, open_both, open_start
+
+
+def ranking_loss(scores: Scores, rows: Rows, counts: Counts, *, center_coefficient: float) -> tuple[Tensor, Metrics]:
+    """Bradley–Terry on the class head: scores.classes [2B, 1] holds the chosen rows, then the rejected ones."""
+    assert isinstance(rows, PreferenceBatch)
+    assert scores.classes is not None
+    chosen, rejected = scores.classes.squeeze(-1).chunk(2)
+    real = rows.chosen.document_ids.any(dim=1)
+    return pairwise_ranking_loss(
+        chosen[real],
+        rejected[real],
+        counts.pairs,
+        margin=None if rows.margin is None else rows.margin[real],
+        center_coefficient=center_coefficient,
+    )
+
+
+def run(config: RewardModelRun) -> Run:
+    """Train on data.train, measure accuracy on unseen pairs beside a baseline that sees style alone, export model/."""
+    with open_job(config, {"init_from": config.init_from}) as job:
+        if job.finished:
+            return job.result()
+        start = open_start(config)
+        rows = open_both(job, config, open_rows, start.tokenizer)
+        loss = partial(ranking_loss, center_coefficient=config.center_coefficient)
+        figures = fit(job, config, start, rows, loss, num_classes=1)
+        if rows.valid is not None:
+            what = "unseen pairs right"
+            if config.evaluation.baselines:
+                style = pair_accuracy(rows.train, rows.valid, start.model.vocab_size)
+                figures["baseline/length_and_bigram_accuracy"] = style
+                what = f"{what} (length and bigrams alone: {style:.2f})"
+            job.learned(what, figures["valid/accuracy"], figures["valid/accuracy/before"])
+        return job.finish(figures)

@@ -1,0 +1,86 @@
+"""`framework generate` and `framework chat`: a finished model in the terminal. Serving over a network is left out."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from framework.core.errors import UsageError
+from framework.core.records import Message
+from framework.generation.config import GenerationConfig, SamplingConfig
+from framework.generation.text import generate_text, load_generator, stream_text
+
+
+class _Words(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def generate(words: list[str]) -> int:
+    """Sample from a model; prompts from the words, or one a line from standard input."""
+    parser = _parser("generate", "sample from a finished model")
+    parser.add_argument("prompt", nargs="*", help="none: one prompt a line is read from standard input")
+    parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    chosen = parser.parse_args(words)
+    prompts = chosen.prompt or [line.rstrip("\n") for line in sys.stdin]
+    generator, tokenizer = load_generator(_model(chosen.model), GenerationConfig(), chosen.device)
+    texts = prompts if chosen.raw else [tokenizer.render([Message("user", p)], True) for p in prompts]
+    answers = generate_text(generator, tokenizer, texts, _sampling(chosen), chosen.samples, chosen.seed)
+    for prompt, group in zip(prompts, answers, strict=True):
+        for answer in group:
+            print(f"{prompt}{answer}" if chosen.raw else f"{prompt}\t{answer}")
+    return 0
+
+
+def chat(words: list[str]) -> int:
+    """Talk to a model; the conversation is kept until end of input or an empty line starts a new one."""
+    chosen = _parser("chat", "talk to a finished model; an empty line starts over, Ctrl-D ends").parse_args(words)
+    generator, tokenizer = load_generator(_model(chosen.model), GenerationConfig(slots=1), chosen.device)
+    said: list[Message] = []
+    while (line := _ask()) is not None:
+        if not line:
+            said = []
+            continue
+        said.append(Message("user", line))
+        pieces = []
+        prompt = tokenizer.render(said, True)
+        for piece in stream_text(generator, tokenizer, prompt, _sampling(chosen), chosen.seed + len(said)):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        said.append(Message("assistant", "".join(pieces)))
+    return 0
+
+
+def _ask() -> str | None:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+
+
+def _model(folder: str) -> str:
+    """A model folder, or a run folder that has one."""
+    inner = Path(folder) / "model"
+    found = inner if (inner / "config.json").exists() else Path(folder)
+    if not (found / "config.json").exists():
+        raise UsageError(f"{folder} holds no model (no config.json); name a run folder or its model/ folder")
+    return str(found)
+
+
+def _sampling(chosen: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(chosen.max_tokens, chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+
+
+def _parser(name: str, text: str) -> argparse.ArgumentParser:
+    parser = _Words(f"framework {name}", description=text)
+    parser.add_argument("model", help="a run folder or a Hugging Face folder")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    return parser

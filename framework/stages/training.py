@@ -1,0 +1,146 @@
+"""What pretrain, sft and reward_model share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from framework.checkpoint.manager import CheckpointManager
+from framework.core.errors import UsageError
+from framework.core.records import Box, ReadBox, Tokenizer
+from framework.data.config import DataConfig
+from framework.data.loader import Loader, RowSource
+from framework.engine.loop import train
+from framework.engine.protocol import Engine, LossFn
+from framework.engine.torch_engine import build_engine
+from framework.models.config import ModelConfig
+from framework.models.hub import read_folder, save_weights
+from framework.models.init import random_weights
+from framework.stages.config import TrainingRun
+from framework.stages.job import Job, files
+from framework.tokenization.load import load as load_tokenizer
+from framework.tracking.progress import Progress
+
+Figures = dict[str, float]
+OpenRows = Callable[[DataConfig, str, Tokenizer, Path, int, Callable[[int, int], None] | None], RowSource]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts: an architecture, its weights, and the tokenizer that belongs to them."""
+
+    model: ModelConfig
+    weights: ReadBox
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The two parts of a stage's data. `valid` is None where the recipe names no validation data."""
+
+    train: RowSource
+    valid: RowSource | None
+
+
+def open_start(config: TrainingRun) -> Start:
+    """From a model folder, or from nothing with a tokenizer's vocabulary. Heads that a folder lacks are drawn."""
+    tokenizer = load_tokenizer(config.init_from or config.tokenizer)
+    if not config.init_from:
+        model = replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+        start = Start(model, random_weights(model, config.seed), tokenizer)
+    else:
+        model, stored, shapes = read_folder(config.init_from)
+        start = Start(model, with_fresh_heads(stored, set(shapes), model, config.seed), tokenizer)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {config.init_from or config.tokenizer} has {tokenizer.vocab_size} tokens, the model's "
+            f"embedding only {model.vocab_size}; take the tokenizer that belongs to the model"
+        )
+    return start
+
+
+def with_fresh_heads(stored: ReadBox, names: set[str], model: ModelConfig, seed: int) -> ReadBox:
+    """`stored`, and initial values for what it does not hold."""
+    fresh = random_weights(model, seed)
+
+    def read(name: str, box: Box) -> Tensor:
+        return stored(name, box) if name in names else fresh(name, box)
+
+    return read
+
+
+def open_both(job: Job, config: TrainingRun, open_rows: OpenRows, tokenizer: Tokenizer) -> Rows:
+    """Prepare (or find prepared) the rows of both parts, and say what was read."""
+    data = replace(
+        config.data, train=files(config.data.train, "data.train"), valid=files(config.data.valid, "data.valid")
+    )
+    folder = job.folder.path.parent / "prepared"
+
+    def opened(part: str) -> RowSource:
+        with Progress(f"preparing {part} data", unit="bytes", enabled=config.tracking.progress) as progress:
+            return open_rows(data, part, tokenizer, folder, config.seed, lambda done, _: progress(done))
+
+    rows = Rows(opened("train"), opened("valid") if data.valid or data.valid_share else None)
+    job.say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
+    job.say(rows.train.preview())
+    for reason, number in rows.train.skipped.items():
+        job.say(f"left out: {number:,} samples ({reason})")
+    if len(rows.train) < config.batch.size:
+        raise UsageError(
+            f"data.train makes only {len(rows.train)} rows, fewer than batch.size={config.batch.size}; "
+            f"choose a batch.size of at most {len(rows.train)}, or bring more data"
+        )
+    return rows
+
+
+def fit(job: Job, config: TrainingRun, start: Start, rows: Rows, loss_fn: LossFn, num_classes: int = 0) -> Figures:
+    """Train, export model/, and return the validation figures: after, and `.../before` at step 0."""
+    total = config.train.total_steps(len(rows.train), config.batch.size)
+    data_size = job.runtime.world_size
+    engine = build_engine(
+        start.model,
+        runtime=job.runtime,
+        parallel=config.parallel,
+        config=config.engine,
+        micro_size=config.batch.micro(data_size),
+        optim=config.optim,
+        total_steps=total,
+        weights=start.weights,
+        num_classes=num_classes,
+    )
+
+    def loader(source: RowSource) -> Loader:
+        return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size)
+
+    with Progress(config.stage, total=total, enabled=config.tracking.progress and job.runtime.is_main) as progress:
+        outcome = train(
+            engine,
+            loader(rows.train),
+            loss_fn,
+            total_steps=total,
+            valid=loader(rows.valid) if rows.valid else None,
+            manager=CheckpointManager(
+                job.folder.checkpoints, config.checkpoint, job.runtime.rank, job.runtime.world_size
+            ),
+            folder=job.folder,
+            progress=progress,
+            stop=job.stop,
+            every=config.tracking.every,
+            validate_every=config.train.validate_every,
+            checkpoint_every=config.checkpoint.every,
+        )
+    export(engine, start, config.folder / "model", job.runtime.is_main, num_classes)
+    return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
+
+
+def export(engine: Engine, start: Start, folder: Path, is_main: bool, num_classes: int = 0) -> None:
+    """Write the Hugging Face folder. Gathering is collective; only the main rank writes."""
+    weights = engine.weights()
+    if not is_main:
+        for _ in weights:
+            pass
+        return
+    extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
+    save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
+    start.tokenizer.save(str(folder))

@@ -1,0 +1,111 @@
+"""Law Resume, by real kills: a pipeline that is killed in every stage ends in the bits of one that was not."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import STAGES, WORDS, command, environment, framework
+
+KILLED = ["pretrain", "sft", "reward_model", "ppo"]
+
+
+def fingerprints(root: Path) -> dict[str, str]:
+    """sha256 of every model and every metrics.jsonl of a pipeline."""
+    names = [*root.glob("*/model/*.safetensors"), *root.glob("*/metrics.jsonl")]
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(names)}
+
+
+def stage_status(root: Path, stage: str) -> dict[str, object]:
+    try:
+        status: dict[str, object] = json.loads((root / stage / "status.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return status
+
+
+def start(root: Path, *words: str) -> subprocess.Popen[str]:
+    words = ("pipeline", *WORDS, f"run.dir={root}", *words)
+    return subprocess.Popen(
+        command(*words), cwd=root.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def stop_in(root: Path, stage: str, delay: float, number: int, *words: str) -> int:
+    """Start the pipeline, signal it `delay` seconds after `stage` has begun (or let it end); its exit code."""
+    process = start(root, *words)
+    attempt = stage_status(root, stage).get("attempt", 0)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        status = stage_status(root, stage)
+        if status.get("state") == "running" and status.get("attempt") != attempt:
+            time.sleep(delay)
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output, output
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    framework("pipeline", *WORDS, f"run.dir={folder / 'run'}", cwd=folder)
+    prints = fingerprints(folder / "run")
+    assert {name.split("/")[0] for name in prints if "safetensors" in name} == set(KILLED)
+    return prints
+
+
+def test_a_pipeline_killed_in_every_stage_ends_in_the_same_bits(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    delays = random.Random(0)
+    for stage in KILLED:
+        stop_in(tmp_path / "run", stage, delays.uniform(0.0, 1.5), signal.SIGKILL)
+    framework("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert fingerprints(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_polite_stop_saves_says_so_and_continues(
+    tmp_path: Path, undisturbed: dict[str, str], number: int, code: int
+) -> None:
+    root = tmp_path / "run"
+    for stage in KILLED:
+        returned = stop_in(root, stage, 0.05, number)
+        assert returned in (code, 0), f"{stage}: {returned}"
+        if returned == code:
+            assert stage_status(root, stage)["state"] == "interrupted"
+    framework("pipeline", *WORDS, f"run.dir={root}", cwd=tmp_path)
+    assert fingerprints(root) == undisturbed
+
+
+def test_a_finished_pipeline_is_skipped_and_another_recipe_there_is_refused(tmp_path: Path) -> None:
+    words = [*WORDS, "stages=[quickstart/tokenizer,quickstart/pretrain]", f"run.dir={tmp_path / 'run'}"]
+    words = [
+        word for word in words if word.split(".")[0] in ("pretrain", "tokenizer") or word.split(".")[0] not in STAGES
+    ]
+    framework("pipeline", *words, cwd=tmp_path)
+    before = fingerprints(tmp_path / "run")
+    framework("pipeline", *words, cwd=tmp_path)
+    assert fingerprints(tmp_path / "run") == before
+    assert stage_status(tmp_path / "run", "pretrain")["attempt"] == 1
+    refused = framework("pipeline", *words, "pretrain.optim.lr=1e-4", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "pretrain.optim.lr: 0.004 there, 0.0001 now" in refused.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(8))
+def test_many_kills(tmp_path: Path, undisturbed: dict[str, str], seed: int) -> None:
+    delays = random.Random(seed)
+    for _ in range(3):
+        for stage in KILLED:
+            stop_in(tmp_path / "run", stage, delays.uniform(0.0, 4.0), signal.SIGKILL)
+    framework("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert fingerprints(tmp_path / "run") == undisturbed
