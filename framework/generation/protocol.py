@@ -15,10 +15,18 @@ class Generator(Protocol):
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take (logical name, full tensor) of a policy and its version; may be called with a part at a time."""
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, samples: int = 1, seed: int = 0) -> Rollout:
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: SamplingConfig,
+        samples: int = 1,
+        seed: int = 0,
+        width: int | None = None,
+    ) -> Rollout:
         """`samples` responses a prompt, rows in the order prompt 0 sample 0, prompt 0 sample 1, ...
 
-        A sampled token is a pure function of (seed, prompts.row, sample, position, logits): law Sampling."""
+        A sampled token is a pure function of (seed, prompts.row, sample, position, logits): law Sampling. Rows are
+        padded on the right to `width` tokens, for a trainer whose shapes are constant; without it, as is convenient."""
 
     def fingerprints(self) -> dict[str, int]:
         """The sharding-independent hash of every live tensor, by logical name: law Sync."""

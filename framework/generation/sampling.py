@@ -1,4 +1,4 @@
-"""From logits to a token: filters, one uniform a token, inverse CDF, and the log-prob of what was drawn. Pure functions.
+"""From logits to a token: filters, one uniform a token, inverse CDF, and the log-prob of what was drawn. All pure.
 
 Two distributions stand here and are not the same one. The **draw** is from the kept set: logits divided by the
 temperature, less what top-k, top-p and min-p remove (in that order, as transformers has it), renormalised. The
@@ -15,6 +15,7 @@ what has probability below 2**-48 or was filtered has weight 0 and cannot be dra
 import torch
 from torch import Tensor
 
+from cuda_ext.linear_log_probs.op import log_softmax
 from framework.core import random
 from framework.core.errors import NonFiniteError
 from framework.generation.config import SamplingConfig
@@ -31,7 +32,7 @@ def sampling_uniforms(seed: int, row: Tensor, sample: Tensor, position: Tensor) 
 def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Draw a token for each row of `logits` [N, V] with its own uniform [N]; returns (tokens [N], log_probs [N]).
 
-    A row without a distribution (NaN, +inf, or all -inf) draws some token whose log-prob is NaN: `require_finite` tells.
+    A row without a distribution (NaN, +inf, all -inf) draws some token whose log-prob is NaN: `require_finite` tells.
     """
     tokens = logits.argmax(-1) if sampling.temperature == 0 else draw(token_weights(logits, sampling), uniforms)
     return tokens, token_log_probs(logits, tokens, sampling.temperature)
@@ -64,8 +65,7 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """[N]: log of the full-vocabulary softmax of logits / temperature at `tokens`; temperature 0 reports that of 1."""
-    scaled = logits / temperature if temperature not in (0.0, 1.0) else logits
-    return torch.log_softmax(scaled, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+    return log_softmax(logits, temperature or 1.0).gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def require_finite(log_probs: Tensor) -> None:
@@ -87,7 +87,7 @@ def _keep_top_k(scaled: Tensor, k: int) -> Tensor:
 
 
 def _keep_top_p(weights: Tensor, top_p: float) -> Tensor:
-    """Keep a token while those before it, most probable first and lower ids first among equals, hold less than top_p."""
+    """Keep a token while those before it (more probable, or equal with a lower id) hold less than top_p."""
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     running = ordered.cumsum(-1)
     kept = torch.where(running - ordered < top_p * running[:, -1:], ordered, 0)

@@ -1,4 +1,4 @@
-"""Text from tokens as they arrive. A character spelled by several tokens appears with the last of them, never as U+FFFD.
+"""Text from tokens as they arrive: a character spelled by several tokens appears with the last of them.
 
 Left out: stop tokens and special tokens; the former end the loop that feeds this page, the latter add no bytes.
 """

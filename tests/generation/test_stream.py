@@ -1,5 +1,6 @@
 """Pieces of text from tokens: whole characters only, and together the same text as decoding all bytes at once."""
 
+import itertools
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -53,4 +54,4 @@ def test_any_split_of_any_bytes_gives_their_decoding(data: bytes, cuts: list[int
 
 def _split(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
