@@ -7,17 +7,19 @@ from typing import Protocol
 from torch import Tensor
 
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
+from framework.engine.flops import Work
 
 LossFn = Callable[[Scores, Rows, Counts], tuple[Tensor, Metrics]]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an optimizer step did. `skipped`: the gradient was not finite and nothing was changed."""
+    """What an optimizer step did. `skipped`: the loss or the gradient was not finite and nothing was changed."""
 
-    grad_norm: float
+    grad_norm: float  # of the whole gradient, before clipping
     lr: float
     skipped: bool
+    work: Work  # since the last step, over all ranks
 
 
 class Engine(Protocol):
@@ -31,9 +33,15 @@ class Engine(Protocol):
         """Add the gradient of `loss_fn` over `rows`, this data rank's share, cut into micro-batches inside.
 
         `counts` are this rank's (derived from `rows` where None); their sum over data ranks reaches `loss_fn`, so that
-        loss = sum / global count under any split. Returns metrics summed over ranks. A loss_fn with the attribute
-        `pointwise = True` is a token_loss(log_probs, entropy, rows, counts) and runs inside the Scorer's forward.
+        loss = sum / global count under any split. Returns metrics summed over ranks. Rows without a document are left
+        out and never reach `loss_fn`; a rank may have no rows at all.
+
+        A loss_fn with the attribute `pointwise = True` is a token_loss(log_probs, entropy, rows, counts) and runs
+        inside the Scorer's forward. One with `needs_entropy = True` gets the entropy too.
         """
+
+    def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
+        """The metrics that `forward_backward` would return, without a gradient: validation."""
 
     def step(self) -> StepReport:
         """Clip, update, zero the gradients, advance the schedule."""

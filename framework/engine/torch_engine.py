@@ -1,0 +1,270 @@
+"""The engine on plain PyTorch: one process, or data parallel with the states shared out by FSDP2 or replicated.
+
+Left out: the loop (`loop`), the losses (they come from stages and workers), tensor, context and pipeline parallelism.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework.core.errors import NonFiniteError
+from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores, count
+from framework.core.runtime import Runtime
+from framework.engine.config import EngineConfig, NonFinite
+from framework.engine.flops import Work, training_work
+from framework.engine.metrics import merge, reduce_over
+from framework.engine.micro_batches import MicroBatch, cut, join, trim, without_empty
+from framework.engine.precision import COMPUTE, MASTER, computing_in
+from framework.engine.protocol import LossFn, StepReport
+from framework.models.config import ModelConfig
+from framework.models.scorer import Scorer, logical_name
+from framework.models.transformer import Transformer
+from framework.optim.adamw import AdamW
+from framework.optim.config import OptimConfig
+from framework.optim.schedule import learning_rate
+from framework.parallel.apply import apply
+from framework.parallel.collectives import Ranks, deadline
+from framework.parallel.config import ParallelConfig
+from framework.parallel.mesh import build_mesh
+from framework.parallel.shard import box_of, full, is_owner, local, reshard
+
+_COUNTERS: Box = ((0, 3),)  # optim/steps: steps taken, updates made, steps skipped in a row
+
+
+def build_engine(
+    model: ModelConfig,
+    *,
+    runtime: Runtime,
+    parallel: ParallelConfig,
+    config: EngineConfig,
+    micro_size: int,
+    optim: OptimConfig | None,
+    total_steps: int,
+    weights: ReadBox,
+    value_head: bool = False,
+    num_classes: int = 0,
+    temperature: float = 1.0,
+) -> "TorchEngine":
+    """Build, lay out, and fill from `weights` part by part: no rank ever holds the whole model. Collective.
+
+    `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
+    the logits of every log-prob.
+    """
+    with torch.device("meta"):
+        scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
+    scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
+    mesh = build_mesh(parallel, runtime)
+    blocks = [f"model.layers.{name}" for name in scorer.model.layers]
+    apply(scorer, blocks, mesh, compile=config.compile, compute=COMPUTE[config.precision])
+    scorer.to_empty(device=runtime.device)
+    engine = TorchEngine(scorer, Ranks(mesh), config, micro_size, optim, total_steps, runtime.device)
+    engine.load_weights(weights)
+    return engine
+
+
+class TorchEngine:
+    """See `protocol.Engine`; `build_engine` makes one."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        ranks: Ranks,
+        config: EngineConfig,
+        micro_size: int,
+        optim: OptimConfig | None,
+        total_steps: int,
+        device: torch.device,
+    ):
+        self.scorer, self.config, self.micro_size, self.device = scorer, config, micro_size, device
+        self.ranks, self.data_rank, self.data_size = ranks, ranks.rank, ranks.size
+        self.step_count, self.total_steps = 0, total_steps
+        self._skipped_in_a_row = 0
+        self._work, self._loss = Work(), torch.zeros((), dtype=torch.float64, device=device)
+        self._parameters = {logical_name(name): p for name, p in scorer.named_parameters()}
+        shapes = {name: p.shape for name, p in self._parameters.items()}
+        parts = {name: local(p) for name, p in self._parameters.items()}
+        self.optimizer = None if optim is None else AdamW(parts, shapes, optim)
+
+    # --- forward and backward ----------------------------------------------------------------------------------
+
+    def forward_backward(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
+        """See `protocol.Engine`."""
+        kept = without_empty(rows)
+        self._work += training_work(self.scorer.model.config, kept, self.scorer.scores_labels)
+        return self._run(kept, loss_fn, counts, backward=True)
+
+    def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
+        """See `protocol.Engine`."""
+        with torch.no_grad():
+            metrics = self._run(without_empty(rows), loss_fn, counts, backward=False)
+        reshard(self.scorer)
+        return metrics
+
+    def infer(self, rows: Rows) -> Scores:
+        """See `protocol.Engine`. The scores come back to where the rows were."""
+        number = max(1, int(self._gather_numbers(self._num_micro_batches(rows)).max()))
+        parts: list[tuple[Scores, MicroBatch]] = []
+        self.scorer.eval()
+        with torch.no_grad(), deadline("inference"), self._precision():
+            for micro in cut(rows.to(self.device), self.micro_size, number):
+                parts.append((self.scorer(micro.rows), micro))
+        reshard(self.scorer)
+        return join(parts).to(rows.inputs().tokens.device)
+
+    def _run(self, rows: Rows, loss_fn: LossFn, counts: Counts | None, backward: bool) -> Metrics:
+        number, everywhere = self._agree(rows, counts)
+        self.scorer.train(backward)
+        metrics: Metrics = {}
+        with self._precision():
+            for index, micro in enumerate(cut(rows.to(self.device), self.micro_size, number)):
+                with deadline(f"step {self.step_count}, micro-batch {index} of {number}"):
+                    loss, figures = self._loss_of(micro, loss_fn, everywhere)
+                    if backward:
+                        loss.backward()
+                        self._loss += loss.detach()
+                metrics = merge(metrics, figures)
+        return reduce_over(self.ranks, metrics)
+
+    def _loss_of(self, micro: MicroBatch, loss_fn: LossFn, counts: Counts) -> tuple[Tensor, Metrics]:
+        """A rank that has run out of rows goes along with an empty one, which counts zero times."""
+        with_entropy = getattr(loss_fn, "needs_entropy", False)
+        if getattr(loss_fn, "pointwise", False):
+            token_loss = partial(_with_counts, loss_fn, counts)
+            loss, metrics = self.scorer(micro.rows, token_loss=token_loss, with_entropy=with_entropy)
+        else:
+            scores = self.scorer(micro.rows, with_entropy=with_entropy)
+            kept = micro.filled or len(micro.rows)
+            rows = micro.rows.select(slice(0, kept))
+            loss, metrics = loss_fn(trim(scores, micro.rows, kept), rows, counts)
+        if micro.filled:
+            return loss, metrics
+        return loss * 0, {name: (total * 0, weight * 0) for name, (total, weight) in metrics.items()}
+
+    def _agree(self, rows: Rows, counts: Counts | None) -> tuple[int, Counts]:
+        """(micro-batches that every rank must go through, counts over all data ranks)."""
+        mine = count(rows) if counts is None else counts
+        numbers = [self._num_micro_batches(rows), *(int(n) for n in (mine.tokens, mine.sequences, mine.pairs))]
+        table = self._gather_numbers(*numbers)
+        tokens, sequences, pairs = table[:, 1:].sum(dim=0).split(1)
+        return max(1, int(table[:, 0].max())), Counts(tokens=tokens, sequences=sequences, pairs=pairs)
+
+    def _gather_numbers(self, *numbers: int) -> Tensor:
+        """[data ranks, numbers] int64."""
+        return self.ranks.gather(torch.tensor(numbers, device=self.device), "row counts")
+
+    def _num_micro_batches(self, rows: Rows) -> int:
+        return -(-len(rows) // self.micro_size)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """FSDP2 casts by itself; without it the parameters are exchanged for the time being."""
+        whole = self.ranks.group is None
+        return computing_in(COMPUTE[self.config.precision], self.scorer) if whole else nullcontext()
+
+    # --- the update --------------------------------------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        """See `protocol.Engine`."""
+        assert self.optimizer is not None, "an engine built without optim only infers"
+        config = self.optimizer.config
+        gradients = {name: _gradient(p) for name, p in self._parameters.items()}
+        norm, loss, work = self._summed(gradients)
+        lr = learning_rate(config, self.step_count, self.total_steps)
+        skipped = not isfinite(norm + loss)
+        self.step_count += 1
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self._refuse_non_finite(norm, loss)
+        else:
+            if config.clip and norm > config.clip:
+                torch._foreach_mul_(list(gradients.values()), config.clip / norm)
+            self.optimizer.step(gradients, lr)
+        self._forget_gradients()
+        return StepReport(norm, lr, skipped, work)
+
+    def _summed(self, gradients: dict[str, Tensor]) -> tuple[float, float, Work]:
+        """(gradient norm, loss, work) over all ranks in one collective. Squares add up in fp64, so that the norm does
+        not depend on how the parameters are cut."""
+        is_first = self.data_rank == 0
+        mine = [g for name, g in gradients.items() if is_owner(self._parameters[name], is_first)]
+        norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(self._loss)]
+        squares = torch.stack(norms).square().sum()
+        work = torch.tensor(astuple(self._work), dtype=torch.float64, device=self.device)
+        total = self.ranks.sum(torch.cat([torch.stack([squares, self._loss]), work]), "the gradient norm").tolist()
+        return total[0] ** 0.5, total[1], Work(*total[2:])
+
+    def _refuse_non_finite(self, norm: float, loss: float) -> None:
+        what = f"step {self.step_count - 1}: loss {loss}, gradient norm {norm}"
+        if self.config.non_finite is NonFinite.STOP:
+            raise NonFiniteError(f"{what}; lower optim.lr, or pass over such steps: engine.non_finite=skip")
+        if self._skipped_in_a_row > self.config.max_skips:
+            raise NonFiniteError(f"{what}; more than engine.max_skips={self.config.max_skips} such steps in a row")
+
+    def _forget_gradients(self) -> None:
+        self.scorer.zero_grad(set_to_none=True)
+        self._loss.zero_()
+        self._work = Work()
+
+    # --- weights and states ------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `protocol.Engine`."""
+        for name, parameter in self._parameters.items():
+            yield name, full(parameter)
+
+    def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
+        """See `protocol.Engine`."""
+        is_first = self.data_rank == 0
+        for name, parameter in self._parameters.items():
+            if is_owner(parameter, is_first):
+                yield f"model/{name}", box_of(parameter), local(parameter)
+        if self.optimizer is None:
+            return
+        for kind, name, state in self.optimizer.states():
+            if is_owner(self._parameters[name], is_first):
+                yield f"optim/{kind}/{name}", box_of(self._parameters[name]), state
+        if is_first:
+            counters = [self.step_count, self.optimizer.updates, self._skipped_in_a_row]
+            yield "optim/steps", _COUNTERS, torch.tensor(counters)
+
+    def load_shards(self, read: ReadBox) -> None:
+        """See `protocol.Engine`."""
+        self._fill(lambda name, box: read(f"model/{name}", box))
+        if self.optimizer is None:
+            return
+        for kind, name, state in self.optimizer.states():
+            if state.numel():
+                state.copy_(read(f"optim/{kind}/{name}", box_of(self._parameters[name])))
+        self.step_count, self.optimizer.updates, self._skipped_in_a_row = read("optim/steps", _COUNTERS).tolist()
+
+    def load_weights(self, read: ReadBox) -> None:
+        """See `protocol.Engine`."""
+        self._fill(read)
+        self.step_count = self._skipped_in_a_row = 0
+        if self.optimizer is not None:
+            self.optimizer.reset()
+
+    def _fill(self, read: ReadBox) -> None:
+        self._forget_gradients()
+        for name, parameter in self._parameters.items():
+            part = local(parameter)
+            if part.numel():
+                part.copy_(read(name, box_of(parameter)))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """This rank's part; zero for a parameter that no loss has reached."""
+    return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
+
+
+def _with_counts(
+    loss_fn: Any, counts: Counts, log_probs: Tensor, entropy: Tensor | None, rows: Rows
+) -> tuple[Tensor, Metrics]:
+    """A pointwise loss as the Scorer calls it."""
+    loss, metrics = loss_fn(log_probs, entropy, rows, counts)
+    return loss, metrics
