@@ -5,6 +5,7 @@ No file is ever held in memory whole, so its size does not matter. Left out: wha
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from framework.core.errors import DataError, nearest
 
 Record = dict[str, Any]
+_SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20
 _LONGEST = 1 << 28  # bytes of one record: a forgotten quote or separator must not fill the memory
 
@@ -169,10 +171,13 @@ def _json(path: str) -> Iterator[Raw]:
             character = window.next_character()
             if is_array and character == ",":
                 window.advance(window.start + 1)
-            elif is_array and character != "]":
+            elif is_array and character not in ("", "]"):
                 raise window.error(f"expected ',' or ']' behind a record, got {character!r}")
         if is_array != (character == "]"):
             raise window.error("the file ends inside its array" if is_array else "']' without '['")
+        window.advance(window.start + is_array)
+        if rest := window.next_character():
+            raise window.error(f"{rest!r} behind the array")
 
 
 class _Window:
@@ -187,10 +192,9 @@ class _Window:
     def next_character(self) -> str:
         """Skip white space; the character there, "" at the end of the file."""
         while True:
-            rest = self.text[self.start :].lstrip()
-            if rest or self.ended:
-                self.advance(len(self.text) - len(rest))
-                return rest[:1]
+            self.advance(_SPACE.match(self.text, self.start).end())  # type: ignore[union-attr]
+            if self.start < len(self.text) or self.ended:
+                return self.text[self.start : self.start + 1]
             self._read()
 
     def value(self) -> Any:

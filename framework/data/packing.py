@@ -47,12 +47,12 @@ def best_fit(lengths: Array, capacity: int, window: int = _WINDOW) -> Plan:
     lengths: [N] in 1..capacity. Deterministic; ties go to the earlier item and the earlier row. Items of a row stand in
     the order of the data.
     """
-    rows: list[list[int]] = []
+    counts, items = [np.zeros(1, np.int64)], [np.empty(0, np.int64)]
     for start in range(0, len(lengths), window):
-        part = lengths[start : start + window]
-        rows += [sorted(start + item for item in row) for row in _fill(part, capacity)]
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return Plan(offsets, np.fromiter((item for row in rows for item in row), np.int64, len(lengths)))
+        rows = _fill(lengths[start : start + window], capacity)
+        counts.append(np.array([len(row) for row in rows]))
+        items.append(np.array([start + item for row in rows for item in sorted(row)]))
+    return Plan(np.cumsum(np.concatenate(counts)), np.concatenate(items))
 
 
 def one_each(count: int) -> Plan:
