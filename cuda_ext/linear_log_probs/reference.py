@@ -1,4 +1,7 @@
-"""Log-probabilities of labels from hidden states: the definition. Logits exist for one chunk of rows at a time."""
+"""Log-probabilities of labels from hidden states: the definition. Logits exist for one chunk of rows at a time.
+
+A backward pass written out by hand was no faster on a CPU (M = 2048, D = 96, V = 2500: within noise); autograd's is kept.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +27,9 @@ def linear_log_probs(
     go in chunks whose logits are computed again in the backward pass instead of being kept.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    weight, hidden = weight[:vocab_size].to(wide), hidden.to(wide)
+    hidden, weight = hidden.to(wide), weight[:vocab_size].to(wide)
     bias = None if bias is None else bias[:vocab_size].to(wide)
-    rows = max(8, _CHUNK_LOGITS // len(weight) // 8 * 8)
+    rows = max(8, _CHUNK_LOGITS // len(weight) // 8 * 8)  # eights: strict mode needs them
     if len(hidden) <= rows:
         return _score(hidden, weight, targets, bias, temperature, with_entropy)
     parts = [
@@ -40,13 +43,13 @@ def linear_log_probs(
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of logits[..., V] at `temperature`, in at least fp32: the one way from logits to log-probs, so
     that a generator which has logits agrees bit for bit with a trainer which has hidden states."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return (logits.to(wide) / temperature).log_softmax(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide if temperature == 1.0 else wide / temperature).log_softmax(-1)
 
 
 def _score(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    all_log_probs = log_softmax(F.linear(hidden, weight, bias), temperature)
-    log_probs = all_log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return log_probs, -(all_log_probs.exp() * all_log_probs).sum(1) if with_entropy else None
+    table = log_softmax(F.linear(hidden, weight, bias), temperature)
+    log_probs = table.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return log_probs, -(table.exp() * table).sum(1) if with_entropy else None

@@ -9,9 +9,15 @@ from cuda_ext.rms_norm import reference
 
 
 @overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y[..., D]."""
+
+
 @overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, x + residual), both [..., D]."""
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """See `reference.rms_norm`. x[..., D], weight[D] -> y, or (y, x + residual)."""
     dispatch.announce("rms_norm", dispatch.REFERENCE)
