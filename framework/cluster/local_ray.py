@@ -7,72 +7,93 @@ temporary folder of its own, reports nothing to anyone, and is gone when the blo
 import contextlib
 import functools
 import logging
+import math
 import os
 import secrets
-import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
+from framework.cluster import reaper
 from framework.core.errors import UsageError, WorkerError
 
-# A socket path holds 107 bytes, and Ray appends about 65 to its folder.
-_LONGEST_FOLDER = 40
+# A socket path holds 107 bytes; Ray appends about 65 to its folder, whose own name takes 12.
+_LONGEST_PARENT = 28
+_KNOCK_S = 10.0
 
 
 @contextlib.contextmanager
 def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own. `cpus` are logical: how many the workers claim together, whatever the machine has."""
-    folder = _folder()
-    try:
-        with _environment(_settings()):
-            import ray
+    with _folder() as folder:
+        try:
+            with _environment(_settings(folder)), _signal_handlers_kept():
+                import ray
 
-            _silence_driver()
-            try:
+                _silence_driver()
                 ray.init(
                     address="local",
-                    num_cpus=int(-(-cpus // 1)),
+                    num_cpus=math.ceil(cpus),
                     num_gpus=gpus,
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.CRITICAL,
-                    _temp_dir=str(folder),
+                    _temp_dir=folder,
                     _node_ip_address="127.0.0.1",
                     # No idle workers in stock: each takes 65 MB, and all of ours are actors.
                     _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
                 )
-                yield
-            finally:
-                ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def joined_ray(address: str) -> Iterator[None]:
-    """The running Ray at `address` ("host:port", "auto", or "ray://..."); workers import the code from our paths."""
+    """The running Ray at `address`, "host:port"; its workers import the code from the paths of this process."""
+    _knock(address)
     import ray
 
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-        )
-    except ConnectionError as error:
-        raise UsageError(
-            f"cluster.address={address}: no Ray answers there ({error}); leave it empty to start one on this machine"
-        ) from None
-    try:
+        with _signal_handlers_kept():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+            )
         yield
     finally:
         ray.shutdown()
 
 
-def _settings() -> dict[str, str | None]:
+def _knock(address: str) -> None:
+    """Ray itself needs minutes to find that nobody is there."""
+    host, _, port = address.rpartition(":")
+    try:
+        if not host or not port.isdigit():
+            raise OSError("an address is host:port")
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except OSError as error:
+        raise UsageError(
+            f"cluster.address={address}: no Ray answers there ({error}); leave it empty to start one on this machine"
+        ) from None
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """ray.init puts its own handler on SIGTERM, in place of ours that saves a checkpoint."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+
+
+def _settings(folder: str) -> dict[str, str | None]:
     """The environment that the private Ray starts in; None removes a variable."""
     return {
         "RAY_ADDRESS": None,  # never a stranger's
@@ -84,6 +105,8 @@ def _settings() -> dict[str, str | None]:
         "RAY_AUTH_TOKEN": _token(),
         "RAY_DEDUP_LOGS": "0",
         "PYTHONPATH": _python_path(),
+        reaper.MARK: folder,
+        "SPT_NOENV": "1",  # a process that changes its title must not overwrite the mark in /proc
     }
 
 
@@ -93,25 +116,15 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
-def _folder() -> Path:
-    """Its name carries our process id, so that the next run can clear away what a killed one left behind."""
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder that a reaper removes, with every process that Ray started, once this block or this process ends."""
     parent = tempfile.gettempdir()
-    parent = parent if len(parent) <= _LONGEST_FOLDER - 20 else "/tmp"
-    for old in Path(parent).glob("fw-*-*"):
-        owner = old.name.split("-")[1]
-        if owner.isdigit() and _ended(int(owner)):
-            shutil.rmtree(old, ignore_errors=True)  # fails quietly on another user's
-    return Path(tempfile.mkdtemp(prefix=f"fw-{os.getpid()}-", dir=parent))
-
-
-def _ended(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    folder = tempfile.mkdtemp(prefix="fw-", dir=parent if len(parent) <= _LONGEST_PARENT else "/tmp")
+    # Its own session: a Ctrl-C at the terminal is not for it.
+    command = [sys.executable, "-I", "-S", reaper.__file__, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield folder
 
 
 def _python_path() -> str:

@@ -126,8 +126,9 @@ class RayGroup(Group):
     def _items(self, items: Any, peers: dict[Any, int], name: str) -> Stream[Any]:
         """Pass on references; read only the word that follows each."""
         while True:
-            item, word = self._next(items, peers, name), self._next(items, peers, name)
-            said = self._open(word, 0, name)
+            item = self._next(items, peers, name)
+            # The stream of a process that died ends with the error in place of an item, and no word after it.
+            said = self._open(self._next(items, peers, name) or item, 0, name)
             if said == MORE:
                 yield Pending(partial(self._ray.get, item), reference=item)
             elif said == END:
@@ -137,7 +138,7 @@ class RayGroup(Group):
                 self._collect(peers, name, 0.0, [said])
 
     def _next(self, items: Any, peers: dict[Any, int], name: str) -> Any:
-        """The next reference of a stream, unless a peer fails first."""
+        """The next reference of a stream, None at its end; unless a peer fails first."""
         until = time.monotonic() + self._config.deadline_s
         watched = dict(peers)
         while True:
@@ -146,7 +147,7 @@ class RayGroup(Group):
             if not ready:
                 raise self._late([0], name, self._config.deadline_s)
             if ready[0] is items:
-                return next(items)
+                return next(items, None)
             rank = watched.pop(ready[0])
             if isinstance(said := self._open(ready[0], rank, name), Failure):
                 self._collect({}, name, 0.0, [said])

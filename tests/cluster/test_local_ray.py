@@ -1,0 +1,179 @@
+"""The private Ray: alone, on the loopback interface, and gone afterwards, whichever way its block ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from framework.cluster import local_ray
+from framework.core.errors import UsageError
+
+# Opens a private Ray, reports itself, then does what it is told. The actor spins, so that nothing ends by politeness.
+SCRIPT = """
+import sys
+from framework.cluster.local_ray import local_ray
+
+with local_ray(cpus=2):
+    import ray
+
+    @ray.remote
+    class Spinner:
+        def spin(self):
+            while True: pass
+
+    spinner = Spinner.options(name="spinner", namespace="shared").remote()
+    busy = spinner.spin.remote()
+    seen = len(ray.nodes()), len(ray.util.list_named_actors(all_namespaces=True))
+    print(ray._private.worker._global_node.get_temp_dir_path(), *seen, flush=True)
+    word = sys.stdin.readline().strip()
+    if word == "raise":
+        raise RuntimeError("told to")
+"""
+
+
+class Controller:
+    """A process that holds a private Ray."""
+
+    def __init__(self, temporary: Path) -> None:
+        strangers = {"RAY_ADDRESS": "192.0.2.1:6379", "TMPDIR": str(temporary)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | strangers,
+            start_new_session=True,
+        )
+
+    def wait_until_up(self) -> None:
+        assert self.process.stdout is not None
+        folder, self.nodes, self.actors = self.process.stdout.readline().split()
+        self.folder = Path(folder)
+        self.pids = [self.process.pid, *descendants(self.process.pid)]
+
+    def end(self, how: str) -> tuple[int, str]:
+        """(exit code, stderr)."""
+        if how == "interrupt":
+            os.killpg(self.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does: to all of them
+        elif how == "kill":
+            self.process.kill()
+        _, stderr = self.process.communicate(how + "\n" if how in ("raise", "end") else None, timeout=60)
+        return self.process.returncode, stderr
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a name short enough for sockets."""
+    folder = Path(f"/tmp/t{os.getpid()}")
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        new = children.get(todo.pop(), [])
+        found += new
+        todo += new
+    return found
+
+
+def listening_addresses(pids: list[int]) -> set[str]:
+    """Hexadecimal IPv4 and IPv6 addresses on which any of `pids` waits for connections."""
+    inodes = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def alive(pids: list[int]) -> list[str]:
+    """Those still running after at most ten seconds, by command line; a zombie does not run."""
+
+    def left() -> list[str]:
+        lines = [Path(f"/proc/{pid}/cmdline") for pid in pids]
+        texts = [line.read_text().replace("\0", " ") if line.exists() else "" for line in lines]
+        return [text for text in texts if text]
+
+    until = time.monotonic() + 10
+    while left() and time.monotonic() < until:
+        time.sleep(0.1)
+    return left()
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_two_at_once_do_not_meet_and_both_leave_nothing(temporary: Path) -> None:
+    first, second = Controller(temporary), Controller(temporary)
+    for controller in (first, second):
+        controller.wait_until_up()
+        assert (controller.nodes, controller.actors) == ("1", "1")
+        assert len(controller.pids) > 4
+        assert listening_addresses(controller.pids) <= LOOPBACK
+    assert first.folder != second.folder
+    code, stderr = first.end("interrupt")
+    assert code == -signal.SIGINT, stderr
+    assert stderr.strip().endswith("KeyboardInterrupt")
+    assert alive(first.pids) == []
+    code, stderr = second.end("raise")
+    assert code == 1
+    assert stderr.strip().endswith("RuntimeError: told to")
+    assert alive(second.pids) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_after_a_kill_nothing_is_left_either(temporary: Path) -> None:
+    controller = Controller(temporary)
+    controller.wait_until_up()
+    controller.end("kill")
+    assert alive(controller.pids) == []
+    assert not controller.folder.exists()
+
+
+def test_the_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with local_ray._environment(local_ray._settings("/tmp/x")):
+        assert "RAY_ADDRESS" not in os.environ
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert os.environ["RAY_ADDRESS"] == "192.0.2.1:6379"
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(local_ray.tempfile, "tempdir", str(deep))
+    with local_ray._folder() as folder:
+        assert Path(folder).parent == Path("/tmp")
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
+
+
+def test_an_address_where_no_ray_answers_is_refused() -> None:
+    for address in ("127.0.0.1:1", "nowhere"):
+        with (
+            pytest.raises(UsageError, match=f"cluster.address={address}: no Ray answers"),
+            local_ray.joined_ray(address),
+        ):
+            pass
