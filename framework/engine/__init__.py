@@ -1,1 +1,1 @@
-"""F3: one Scorer, its optimizer and the ranks it lies on behind one small protocol; and the loop that trains with it."""
+"""F3: one Scorer, its optimizer and its ranks behind one small protocol; and the loop that trains with it."""

@@ -1,4 +1,4 @@
-"""Metrics on their way from micro-batches to figures: (sum, weight) pairs that add up, and means taken once at the end."""
+"""Metrics on their way from micro-batches to figures: (sum, weight) pairs that add up; the mean is taken last."""
 
 import torch
 

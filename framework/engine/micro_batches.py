@@ -6,15 +6,12 @@ last micro-batch is filled up with fresh ones, so that shapes never change; a lo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from framework.core.records import PreferenceBatch, Rows, Scores
-
-R = TypeVar("R", bound=Rows)
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ def cut(rows: Rows, size: int, number: int) -> Iterator[MicroBatch]:
         yield MicroBatch(fill_up(part, size), len(part))
 
 
-def fill_up(rows: R, size: int) -> R:
+def fill_up(rows: Rows, size: int) -> Rows:
     """`rows` and empty ones after them, `size` in all."""
     missing = size - len(rows)
     if not missing:
@@ -40,7 +37,7 @@ def fill_up(rows: R, size: int) -> R:
     return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x.new_zeros(missing, *x.shape[1:])]), rows)
 
 
-def without_empty(rows: R) -> R:
+def without_empty(rows: Rows) -> Rows:
     """The rows that hold a document. Looks at the rows, so call it before they go to a GPU."""
     side = rows.chosen if isinstance(rows, PreferenceBatch) else rows
     holds = (side.inputs().document_ids > 0).any(dim=1)

@@ -1,1 +1,1 @@
-"""F2: how a model lies over ranks: the mesh, the plans, the one order in which they are applied. Knows no model class."""
+"""F2: how a model lies over ranks: the mesh, the plans, the one order in which they apply. Knows no model class."""

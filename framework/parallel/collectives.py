@@ -1,4 +1,4 @@
-"""Sums and gathers over ranks, each with a name, so that a rank that waits in vain can say where it stands (law Deadline).
+"""Sums and gathers over ranks, each named, so that a rank that waits in vain can say where it stands (law Deadline).
 
 The time limit itself is the process group's (`core.runtime.start`). Left out: FSDP's own collectives; they run inside
 `deadline`, which names the phase.
