@@ -54,7 +54,6 @@ class Decoding:
         self.row_in = np.full(slots, -1)  # which row of the board a slot holds; -1 = free
         self.next_row = 0
 
-    @torch.no_grad()
     def run(self) -> Iterator[None]:
         """Until every row is done: refill free slots and read their prompts, then one token for all."""
         while self.next_row < len(self.board) or (self.row_in >= 0).any():
