@@ -16,9 +16,17 @@ KILLED = ["pretrain", "sft", "reward_model", "ppo"]
 
 
 def fingerprints(root: Path) -> dict[str, str]:
-    """sha256 of every model and every metrics.jsonl of a pipeline."""
-    names = [*root.glob("*/model/*.safetensors"), *root.glob("*/metrics.jsonl")]
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(names)}
+    """sha256 of every model of a pipeline, and of all that was measured on the way, speeds apart."""
+    content = {p: p.read_bytes() for p in root.glob("*/model/*.safetensors")}
+    content |= {p: measured(p).encode() for p in root.glob("*/metrics.jsonl")}
+    return {str(p.relative_to(root)): hashlib.sha256(c).hexdigest() for p, c in sorted(content.items())}
+
+
+def measured(path: Path) -> str:
+    """metrics.jsonl without the figures that depend on the clock."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    clocked = ("tokens_per_second", "mfu_", "seconds")
+    return json.dumps([{k: v for k, v in line.items() if not any(word in k for word in clocked)} for line in lines])
 
 
 def stage_status(root: Path, stage: str) -> dict[str, object]:

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from framework.core.records import PreferenceBatch, TokenBatch
-from framework.data.loader import RowSource
+from framework.data.loader import Batch, RowSource
 from framework.evaluation.baselines import Bigram, Pair, PairClassifier
 
 _AT_ONCE = 256  # rows
@@ -23,7 +23,7 @@ def pair_accuracy(train: RowSource, valid: RowSource, vocab_size: int) -> float:
     return PairClassifier.fit(list(_answers(train)), vocab_size).accuracy(list(_answers(valid)))
 
 
-def _batches(rows: RowSource) -> Iterator[TokenBatch | PreferenceBatch]:
+def _batches(rows: RowSource) -> Iterator[Batch]:
     for start in range(0, len(rows), _AT_ONCE):
         yield rows.rows(np.arange(start, min(start + _AT_ONCE, len(rows))))
 

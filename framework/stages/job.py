@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from framework.core import runtime
 from framework.core.config import find_file
 from framework.core.errors import Interrupted, UsageError
+from framework.core.runtime import Runtime, StopRequest, start
 from framework.stages.config import NOT_IN_HASH, RunConfig
 from framework.stages.plan import plain
 from framework.tracking.folder import RunFolder
@@ -40,8 +40,8 @@ class Job:
 
     config: RunConfig
     folder: RunFolder
-    runtime: runtime.Runtime
-    stop: runtime.StopRequest
+    runtime: Runtime
+    stop: StopRequest
     facts: dict[str, Any] = field(default_factory=dict)  # what else the summary should say (learned, samples, ...)
 
     @property
@@ -77,7 +77,7 @@ def open_job(
     `recipe`, what else decides the result.
     """
     load_extensions(config.extensions)
-    place = runtime.start(config.device, config.threads, config.deterministic)
+    place = start(config.device, config.threads, config.deterministic)
     digests = {role: folder_digest(path) for role, path in (parents or {}).items() if path}
     whole = plain(config) | dict(recipe or {})
     members = whole.get("members", {})
@@ -85,7 +85,7 @@ def open_job(
     ignored = [*NOT_IN_HASH, *(f"members.{stage}.{key}" for stage in members for key in inner)]
     folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main)
     try:
-        with runtime.StopRequest() as stop:
+        with StopRequest() as stop:
             yield Job(config, folder, place, stop)
     except BaseException as error:
         state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from framework.checkpoint.manager import CheckpointManager
 from framework.core.errors import UsageError
-from framework.core.records import Box, ReadBox, Tokenizer
+from framework.core.records import Box, Metrics, ReadBox, Tokenizer
+from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
 from framework.engine.loop import train
-from framework.engine.protocol import Engine, LossFn
+from framework.engine.protocol import Engine
 from framework.engine.torch_engine import build_engine
 from framework.models.config import ModelConfig
 from framework.models.hub import read_folder, save_weights
@@ -23,6 +24,7 @@ from framework.tokenization.load import load as load_tokenizer
 from framework.tracking.progress import Progress
 
 Figures = dict[str, float]
+Loss = Callable[..., tuple[Tensor, Metrics]]  # an engine's loss_fn, pointwise or not
 OpenRows = Callable[[DataConfig, str, Tokenizer, Path, int, Callable[[int, int], None] | None], RowSource]
 
 
@@ -94,7 +96,7 @@ def open_both(job: Job, config: TrainingRun, open_rows: OpenRows, tokenizer: Tok
     return rows
 
 
-def fit(job: Job, config: TrainingRun, start: Start, rows: Rows, loss_fn: LossFn, num_classes: int = 0) -> Figures:
+def fit(job: Job, config: TrainingRun, start: Start, rows: Rows, loss_fn: Loss, num_classes: int = 0) -> Figures:
     """Train, export model/, and return the validation figures: after, and `.../before` at step 0."""
     total = config.train.total_steps(len(rows.train), config.batch.size)
     data_size = job.runtime.world_size
@@ -113,22 +115,24 @@ def fit(job: Job, config: TrainingRun, start: Start, rows: Rows, loss_fn: LossFn
     def loader(source: RowSource) -> Loader:
         return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size)
 
-    with Progress(config.stage, total=total, enabled=config.tracking.progress and job.runtime.is_main) as progress:
+    place = job.runtime
+    peak = peak_flops(place.device)
+    with Progress(config.stage, total=total, enabled=config.tracking.progress and place.is_main) as progress:
         outcome = train(
             engine,
             loader(rows.train),
             loss_fn,
             total_steps=total,
-            valid=loader(rows.valid) if rows.valid else None,
-            manager=CheckpointManager(
-                job.folder.checkpoints, config.checkpoint, job.runtime.rank, job.runtime.world_size
-            ),
+            manager=CheckpointManager(job.folder.checkpoints, config.checkpoint, place.rank, place.world_size),
             folder=job.folder,
             progress=progress,
             stop=job.stop,
+            valid=loader(rows.valid) if rows.valid else None,
             every=config.tracking.every,
             validate_every=config.train.validate_every,
             checkpoint_every=config.checkpoint.every,
+            profile=config.folder / "profile" if config.train.profile else None,
+            peak_flops=peak and peak * place.world_size,
         )
     export(engine, start, config.folder / "model", job.runtime.is_main, num_classes)
     return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
