@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 _JOURNAL = "journal.json"
 _BATCH = 256  # samples rendered at once, or fewer where they are long
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 18
 JOURNAL_EVERY_S = 2.0  # between two syncs to disk; a crash costs at most this much work
 
 
