@@ -90,6 +90,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def describe(staging: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The manifest of a staged folder. Raises CheckpointError where a rank, a file or a part of a tensor is missing."""
     indices = read_indices(staging)
     parts = sorted({name.rpartition("-")[0] for name in indices})
     merged = {part: merge(staging, part, indices) for part in parts}

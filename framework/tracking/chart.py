@@ -71,15 +71,15 @@ def draw(title: str, series: dict[str, Points]) -> Chart | None:
         title,
         tuple(line(name, points) for name, points in thin.items() if any(y is not None for _, y in points)),
         tuple(Tick(place(x, y_low)[0], number(x)) for x in ticks(x_low, x_high, 5)),
-        tuple(Tick(place(x_low, y)[1], number(y)) for y in ticks(y_low, y_high, 4)),
+        tuple(Tick(place(x_low, y)[1], number(y)) for y in ticks(y_low, y_high, 5)),
     )
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers in [low, high]: multiples of 1, 2 or 5 times a power of ten. ticks(0, 1, 4) -> 0, 0.5, 1."""
+    """Round numbers in [low, high]: multiples of 1, 2 or 5 times a power of ten. ticks(-3, 9, 5) -> -2, 0, ... 8."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = power * min((1, 2, 5, 10), key=lambda multiple: abs(math.log(multiple * power / rough)))
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -102,12 +102,11 @@ def _thinned(points: Points) -> Points:
 
 
 def _smoothed(points: Points) -> Points:
-    """The mean of a window around each point, narrower at the ends, so that first and last stay honest."""
+    """The mean of a window around each point; at the ends, of what the window still holds."""
     reach = max(1, len(points) // 24)
     smooth = []
     for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
-        known = _known(points[i - near : i + near + 1])
+        known = _known(points[max(0, i - reach) : i + reach + 1])
         smooth.append((x, _mean(known) if known else None))
     return smooth
 

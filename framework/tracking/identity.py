@@ -40,7 +40,8 @@ class Identity:
 
 def identify(recipe: Mapping[str, Any], parents: Mapping[str, str], ignore: Iterable[str]) -> Identity:
     """The identity of a run. `recipe` is the whole resolved one, nested; `ignore` lists keys or their prefixes."""
-    flat = flatten(yaml.safe_load(yaml.safe_dump(dict(recipe))) or {})
+    tree = flatten(yaml.safe_load(yaml.safe_dump(dict(recipe))) or {})
+    flat = {key: value for key, value in tree.items() if value is not None}  # none is the same as not said
     lengths = {key: flat[key] for key in LENGTHS if isinstance(flat.get(key), int | float)}
     return Identity(without(flat, [*ignore, *LENGTHS]), dict(parents), lengths)
 

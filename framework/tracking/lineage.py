@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _WIDE, _HIGH, _GAP_X, _GAP_Y = 150, 50, 56, 16
+_BOW = 40  # how deep the control points of a bow lie; it reaches three quarters of that
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,15 @@ def lay_out(names: Sequence[str], parents: Mapping[str, Sequence[str]], notes: M
         for row, name in enumerate(members):
             nodes[name] = Node(name, notes.get(name, ""), c * (_WIDE + _GAP_X), top + row * (_HIGH + _GAP_Y))
     edges = [_edge(nodes[parent], nodes[name]) for name in names for parent in parents.get(name, ())]
-    return Lineage(tuple(nodes.values()), tuple(edges), len(columns) * (_WIDE + _GAP_X) - _GAP_X, height)
+    width = len(columns) * (_WIDE + _GAP_X) - _GAP_X
+    return Lineage(tuple(nodes.values()), tuple(edges), width, height + (_BOW if len(columns) > 2 else 0))
 
 
 def _edge(start: Node, end: Node) -> str:
+    """To the next column straight; further ones by a bow underneath, so that no run is crossed."""
+    if end.x - start.x > _WIDE + _GAP_X:
+        x1, x2, low = start.x + 0.7 * start.wide, end.x + 0.3 * end.wide, max(start.y, end.y) + _HIGH
+        return f"M{x1} {start.y + _HIGH} C{x1} {low + _BOW} {x2} {low + _BOW} {x2} {end.y + _HIGH + 5}"
     x1, y1, x2, y2 = start.x + start.wide, start.y + start.high / 2, end.x, end.y + end.high / 2
     bend = _GAP_X * 0.55
     return f"M{x1} {y1} C{x1 + bend} {y1} {x2 - bend} {y2} {x2 - 5} {y2}"

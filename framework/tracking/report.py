@@ -13,6 +13,7 @@ Left out: everything that is not in those files.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of a rollout's table; without a token it is a stretch that does not count."""
+
+    place: str
+    text: str
+    token: Token | None
+
+
+@dataclass(frozen=True)
 class Rollout:
     """rollout.json: {"tokens": [str], "response_mask": [bool], "log_probs", "reference_log_probs", "kl", "rewards",
     "values", "advantages": [float], "score": float?, "step": int?}; all lists as long as `tokens`, token positions."""
@@ -72,6 +82,20 @@ class Rollout:
     tokens: tuple[Token, ...]
     score: float | None
     step: int | None
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table: a row a token that counts, and one a stretch that does not (prompts are long and say nothing)."""
+        rows, t = [], 0
+        for counts, run in groupby(self.tokens, lambda token: token.counts):
+            stretch = list(run)
+            if counts:
+                rows += [Row(str(t + i), token.text, token) for i, token in enumerate(stretch)]
+            else:
+                place = f"{t}–{t + len(stretch) - 1}" if len(stretch) > 1 else str(t)
+                rows.append(Row(place, "".join(token.text for token in stretch), None))
+            t += len(stretch)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -199,6 +223,8 @@ def _rollout(path: Path) -> Rollout | None:
     for name in ("tokens", "response_mask", *_TRACKS):
         if len(content.get(name, [])) != size or not size:
             raise DataError(f"'{name}' has {len(content.get(name, []))} entries for {size} tokens", str(path))
+        if name in _TRACKS and not all(isinstance(value, int | float) for value in content[name]):
+            raise DataError(f"'{name}' must hold numbers only", str(path))
     counts = [bool(flag) for flag in content["response_mask"]]
     advantages = [float(value) for value in content["advantages"]]
     most = max((abs(value) for value, flag in zip(advantages, counts) if flag), default=0.0) or 1.0

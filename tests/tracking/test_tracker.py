@@ -1,0 +1,116 @@
+"""Each tracker for real: event files that tensorboard reads, an offline wandb run that continues, a missing package."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framework.core import registry
+from framework.core.errors import UsageError
+from framework.core.registry import register
+from framework.tracking import tracker
+from framework.tracking.config import TrackingConfig
+from framework.tracking.folder import RunFolder
+from framework.tracking.tracker import open_tracker
+
+
+def run(path: Path, kind: str, steps: range) -> RunFolder:
+    folder = RunFolder.open(path, {"name": "try", "tracking": {"kind": kind, "group": "g"}})
+    folder.cut_back(steps.start - 1)
+    for step in steps:
+        folder.log(step, {"train/loss": 1.0 / step, "odd": float("nan")})
+    folder.close()
+    return folder
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown tracker 'wanbd': did you mean 'wandb'"):
+        open_tracker(tmp_path, TrackingConfig(kind="wanbd"), {})
+
+
+@pytest.mark.parametrize(("kind", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_missing_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=rf'pip install "framework\[{kind}\]"'):
+        RunFolder.open(tmp_path, {"tracking": {"kind": kind}})
+
+
+def test_an_extension_may_bring_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Listening:
+        def __init__(self, folder: Path, config: TrackingConfig, recipe: Mapping[str, Any]):
+            seen.append((folder, config.group, recipe["name"]))
+
+        def log(self, step: int, figures: Mapping[str, float]) -> None:
+            seen.append((step, dict(figures)))
+
+        def finish(self, figures: Mapping[str, float]) -> None:
+            seen.append(dict(figures))
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setitem(registry._entries, "tracker", dict(registry._entries["tracker"]))
+    register("tracker", "listening")(Listening)
+    folder = run(tmp_path, "listening", range(1, 2))
+    folder.close()
+    assert seen == [(tmp_path, "g", "try"), (1, {"train/loss": 1.0}), "closed"]
+
+
+def test_the_final_figures_reach_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(tracker.NoTracker, "finish", lambda self, figures: seen.append(figures))
+    RunFolder.open(tmp_path, {}).finish({"figures": {"a": 1.0, "b": float("inf")}})
+    assert seen == [{"a": 1.0}]
+
+
+def test_tensorboard_files_hold_the_figures_and_a_resume_hides_what_it_does_again(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path, "tensorboard", range(1, 6))
+    run(tmp_path, "tensorboard", range(4, 8))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([1 / s for s in range(1, 8)])
+
+
+def test_wandb_offline_for_real_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run(tmp_path / "run", "wandb", range(1, 4))
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    run(tmp_path / "run", "wandb", range(3, 5))
+    written = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert written
+    assert any(b"train/loss" in path.read_bytes() for path in written)
+    assert (tmp_path / "run" / "wandb_id").read_text() == run_id
+
+
+@pytest.mark.parametrize(
+    ("environment", "content", "expected"),
+    [
+        ({}, "", False),
+        ({"WANDB_API_KEY": "x" * 40}, "", True),
+        ({}, "machine api.wandb.ai login user password secret", True),
+        ({}, "machine elsewhere.org login user password secret", False),
+        ({"WANDB_BASE_URL": "https://wandb.our.lab"}, "machine wandb.our.lab login user password secret", True),
+        ({}, "machine machine machine", False),
+    ],
+)
+def test_an_account_is_found_where_wandb_looks_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], content: str, expected: bool
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text(content)
+    for name, value in ({"NETRC": str(tmp_path / "netrc")} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert tracker._has_account() is expected
