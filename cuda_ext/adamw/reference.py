@@ -21,8 +21,8 @@ def adamw(
 
     m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  p <- (1 - lr wd) p - lr/(1-b1^t) m / (sqrt(v)/sqrt(1-b2^t) + eps).
 
-    Every operation rounds once and takes no fused multiply-add, so the bits of an element depend on that element
-    alone and not on its place in a shard (addcmul, addcdiv and lerp give the end of a buffer other bits).
+    Every operation rounds once, so the bits of an element depend on that element alone, not on its place in a shard:
+    by construction, where addcmul, addcdiv, lerp and fused updates leave multiply-adds to the build.
     """
     if not params:
         return

@@ -1,6 +1,6 @@
 """Log-probabilities of labels from hidden states: the definition. Logits exist for one chunk of rows at a time.
 
-A backward pass written out by hand was no faster on a CPU (M = 2048, D = 96, V = 2500: within noise); autograd's is kept.
+A backward pass written out by hand was no faster on a CPU (M=2048, D=96, V=2500: within noise); autograd's is kept.
 """
 
 import torch

@@ -1,0 +1,63 @@
+"""AdamW: one step by hand, torch's own over many, and bits that do not depend on an element's place in a shard."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_ext.adamw.op import adamw
+from framework.core.runtime import num_threads
+
+HYPER = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def test_the_first_step_by_hand() -> None:
+    """After step 1 both corrected moments are g and g^2, so p <- p (1 - 0.01 * 0.1) - 0.01 sign(g)."""
+    p, m, v = torch.tensor([2.0, -1.0]).double(), torch.zeros(2).double(), torch.zeros(2).double()
+    g = torch.tensor([4.0, -0.5]).double()
+    adamw([p], [g], [m], [v], step=1, **HYPER)
+    torch.testing.assert_close(
+        p, torch.tensor([2 * 0.999 - 0.01, -0.999 + 0.01], dtype=torch.float64), rtol=0, atol=1e-9
+    )
+    torch.testing.assert_close(m, 0.1 * g)
+    torch.testing.assert_close(v, 0.05 * g * g)
+    assert g.tolist() == [4.0, -0.5]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_equals_torch_over_twenty_steps(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(3, 5, dtype=dtype), torch.randn(7, dtype=dtype)]
+    theirs = [p.clone().requires_grad_() for p in start]
+    optimizer = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours = [p.clone() for p in start]
+    averages, squares = ([torch.zeros_like(p) for p in ours] for _ in range(2))
+    for step in range(1, 21):
+        grads = [torch.randn_like(p) for p in ours]
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        adamw(ours, grads, averages, squares, step=step, **HYPER)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bits_of_an_element_do_not_depend_on_its_place(threads: int) -> None:
+    torch.manual_seed(0)
+    size = 70001
+    state = [torch.randn(size), torch.randn(size) * 1e-2, torch.randn(size) * 1e-2, torch.rand(size) * 1e-4]
+
+    def updated(part: slice) -> list[Tensor]:
+        p, g, m, v = (x[part].clone() for x in state)
+        adamw([p], [g], [m], [v], step=3, **HYPER)
+        return [p, m, v]
+
+    with num_threads(threads):
+        whole = updated(slice(None))
+        for start, length in ((0, 1), (1, 7), (3, 33), (17, 31), (5, 1000), (35001, 35000), (0, 35001), (2, 69999)):
+            part = slice(start, start + length)
+            assert all(torch.equal(a, b[part]) for a, b in zip(updated(part), whole, strict=True))
+
+
+def test_nothing_to_update_is_no_error() -> None:
+    adamw([], [], [], [], step=1, **HYPER)
