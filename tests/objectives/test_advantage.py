@@ -133,12 +133,12 @@ def test_group_advantages_by_hand(kind: str, expected: list[float]) -> None:
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce", "reinforce_baseline"])
 def test_equal_scores_have_no_advantage_not_even_rounding(kind: str) -> None:
-    """0.1 three times has a mean that is not 0.1 in float32; dividing the residue would make thousands of it."""
-    scores = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7, 0.7])
-    ids = torch.zeros(3, dtype=torch.int64)
-    assert group_advantages(scores[:3], ids, kind).tolist() == [0, 0, 0]
+    """Eight times 10000.1, summed in float32 and divided by 8, is 0.001 too much; grpo would make -0.9 of it."""
+    scores = torch.tensor([10000.1] * 8 + [0.7] * 8)
+    assert sum(scores[:8]) / 8 != scores[0]
+    assert (group_advantages(scores[:8], torch.zeros(8, dtype=torch.int64), kind) == 0).all()
     if kind != "reinforce":
-        assert (group_advantages(scores, torch.tensor([0, 0, 0, 1, 1, 1]), kind) == 0).all()
+        assert (group_advantages(scores, torch.tensor([0] * 8 + [1] * 8), kind) == 0).all()
 
 
 def test_an_unknown_kind_is_refused() -> None:
