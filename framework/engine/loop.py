@@ -84,7 +84,8 @@ def train(
         course.before = _named("valid", evaluate(engine, valid, loss_fn))
         folder.log(0, course.before)
     pace = Pace(peak_flops)
-    speed: Figures = {}
+    figures: Figures = {}  # of one step
+    speed: Figures = {}  # beside them, and in no checkpoint: they are not the same twice
     with profiling(profile) as step_was_profiled:
         while course.step < total_steps:
             with pace:
@@ -95,7 +96,7 @@ def train(
             course.step += 1
             course.skipped += report.skipped
             last = course.step == total_steps
-            figures: Figures = {}
+            figures, speed = {}, {}
             if last or _due(course.step, every):
                 figures = _named("train", describe(metrics, report) | {"skipped": course.skipped})
                 speed = _named("train", pace.take())

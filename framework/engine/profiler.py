@@ -7,19 +7,18 @@ from pathlib import Path
 
 import torch.profiler
 
-_SKIPPED, _TRACED = 2, 3  # steps 3 to 5: past the first allocations, soon over
-
 
 @contextlib.contextmanager
 def profiling(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Yields what to call after every step; writes `folder`/trace-RANK.json, or nothing where `folder` is None."""
+    """Yields what to call after every step. Steps 3 to 5, past the first allocations, go to `folder`/trace-RANK.json;
+    nothing happens where `folder` is None."""
     if folder is None:
         yield lambda: None
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trace-{os.environ.get('RANK', 0)}.json"
     with torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=_SKIPPED, warmup=0, active=_TRACED, repeat=1),
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
         yield profiler.step

@@ -127,7 +127,7 @@ class TorchEngine:
                     loss, figures = self._loss_of(micro, loss_fn, everywhere)
                     if backward:
                         loss.backward()
-                        self._loss += loss.detach()
+                        self._loss += loss.detach().sum()
                 metrics = merge(metrics, figures)
         return reduce_over(self.ranks, metrics)
 
