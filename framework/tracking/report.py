@@ -4,7 +4,7 @@ Everything is read from run folders, so the page can be made again at any time:
     summary.json    "stage", "seconds", "figures", and "learned": [{"what": ..., "before": ..., "after": ...}]
     metrics.jsonl   curves: train/X and valid/X share a picture
     samples.jsonl   {"step", "prompt", "response", "score"?}: the first and the last answer to a prompt, side by side
-    rollout.json    one response token by token, see `Rollout`
+    rollout.json    one response token by token, see `rollout`
     checkpoints/    step, metrics and sha256 of each manifest
     config.yaml     `init_from: .../sft/model` tells whose result a run began with
 Left out: everything that is not in those files.
@@ -13,21 +13,20 @@ Left out: everything that is not in those files.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from framework.core.errors import DataError, UsageError
+from framework.core.errors import UsageError
 from framework.tracking.atomic import replace_text
 from framework.tracking.chart import Chart, Points, draw, number
 from framework.tracking.lineage import Lineage, lay_out
+from framework.tracking.rollout import Rollout, read_rollout
 from framework.tracking.status import duration, read_status
 
 _SHOWN_CHARTS, _SHOWN_SAMPLES = 6, 6
-_TRACKS = ("log_probs", "reference_log_probs", "kl", "rewards", "values", "advantages")
 
 
 @dataclass(frozen=True)
@@ -48,54 +47,6 @@ class Answers:
     after: str | None
     before_score: float | None
     after_score: float | None
-
-
-@dataclass(frozen=True)
-class Token:
-    """One position of a rollout. `share`: the advantage as a part of the largest in the response, in [-1, 1]."""
-
-    text: str
-    counts: bool
-    share: float
-    log_prob: float
-    reference_log_prob: float
-    kl: float
-    reward: float
-    value: float
-    advantage: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a rollout's table; without a token it is a stretch that does not count."""
-
-    place: str
-    text: str
-    token: Token | None
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """rollout.json: {"tokens": [str], "response_mask": [bool], "log_probs", "reference_log_probs", "kl", "rewards",
-    "values", "advantages": [float], "score": float?, "step": int?}; all lists as long as `tokens`, token positions."""
-
-    tokens: tuple[Token, ...]
-    score: float | None
-    step: int | None
-
-    @property
-    def rows(self) -> list[Row]:
-        """The table: a row a token that counts, and one a stretch that does not (prompts are long and say nothing)."""
-        rows, t = [], 0
-        for counts, run in groupby(self.tokens, lambda token: token.counts):
-            stretch = list(run)
-            if counts:
-                rows += [Row(str(t + i), token.text, token) for i, token in enumerate(stretch)]
-            else:
-                place = f"{t}–{t + len(stretch) - 1}" if len(stretch) > 1 else str(t)
-                rows.append(Row(place, "".join(token.text for token in stretch), None))
-            t += len(stretch)
-        return rows
 
 
 @dataclass(frozen=True)
@@ -155,7 +106,7 @@ def read_stage(folder: Path, labels: Mapping[Path, str]) -> Stage:
         charts=charts[:_SHOWN_CHARTS],
         more_charts=charts[_SHOWN_CHARTS:],
         answers=_answers(_json_lines(folder / "samples.jsonl"))[:_SHOWN_SAMPLES],
-        rollout=_rollout(folder / "rollout.json"),
+        rollout=read_rollout(folder / "rollout.json"),
         digest=str(summary.get("digest", "")),
         parents=_parents(folder, status.parents if status else {}, labels),
         checkpoints=_checkpoints(folder),
@@ -213,26 +164,6 @@ def _answers(lines: list[dict[str, Any]]) -> tuple[Answers, ...]:
         return Answers(prompt, str(first["response"]), after, first.get("score"), score)
 
     return tuple(answers(prompt, said) for prompt, said in by_prompt.items())
-
-
-def _rollout(path: Path) -> Rollout | None:
-    content = _json(path)
-    if content is None:
-        return None
-    size = len(content.get("tokens", []))
-    for name in ("tokens", "response_mask", *_TRACKS):
-        if len(content.get(name, [])) != size or not size:
-            raise DataError(f"'{name}' has {len(content.get(name, []))} entries for {size} tokens", str(path))
-        if name in _TRACKS and not all(isinstance(value, int | float) for value in content[name]):
-            raise DataError(f"'{name}' must hold numbers only", str(path))
-    counts = [bool(flag) for flag in content["response_mask"]]
-    advantages = [float(value) for value in content["advantages"]]
-    most = max((abs(value) for value, flag in zip(advantages, counts) if flag), default=0.0) or 1.0
-    tokens = tuple(
-        Token(str(text), counts[t], advantages[t] / most if counts[t] else 0.0, *(content[n][t] for n in _TRACKS))
-        for t, text in enumerate(content["tokens"])
-    )
-    return Rollout(tokens, content.get("score"), content.get("step"))
 
 
 def _parents(folder: Path, digests: dict[str, str], labels: Mapping[Path, str]) -> dict[str, tuple[str, str]]:

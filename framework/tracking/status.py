@@ -75,5 +75,5 @@ def duration(seconds: float) -> str:
 def _state(status: Status) -> str:
     """A process that was killed leaves "running" behind; on its own machine that can be told."""
     here = status.host == socket.gethostname()
-    gone = status.state == "running" and here and not Path(f"/proc/{status.pid}").exists() and Path("/proc").exists()
+    gone = status.state == "running" and here and Path("/proc").exists() and not Path(f"/proc/{status.pid}").exists()
     return "stopped without a word (killed?); the same command continues it" if gone else status.state

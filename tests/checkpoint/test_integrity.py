@@ -143,3 +143,13 @@ def test_sha256_is_hashlibs(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_finds_the_same_hash(dtype: torch.dtype) -> None:
+    tensor = drawn(dtype, 300, 700)
+    assert tensor_hash(tensor.cuda()) == tensor_hash(tensor)
+    assert tensor_hash(tensor[:, 5:9].cuda(), ((0, 300), (5, 4)), (300, 700)) == tensor_hash(
+        tensor[:, 5:9], ((0, 300), (5, 4)), (300, 700)
+    )
