@@ -41,12 +41,13 @@ def generate_text(
     sampling: SamplingConfig,
     samples: int = 1,
     seed: int = 0,
+    first_row: int = 0,
 ) -> list[list[str]]:
-    """`samples` answers to each prompt, without the prompt and without the stop token. Prompt i is row i of its stream:
-    its answers do not depend on which other prompts are asked."""
+    """`samples` answers to each prompt, without the prompt and without the stop token. Prompt i is row first_row + i of
+    its stream: its random numbers do not depend on which other prompts are asked, nor in how many calls."""
     if not prompts:
         return []
-    rollout = generator.generate(prompt_batch(tokenizer, prompts), sampling, samples, seed)
+    rollout = generator.generate(prompt_batch(tokenizer, prompts, first_row), sampling, samples, seed)
     texts = [answer_text(tokenizer, ids) for ids in responses(rollout)]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
@@ -73,8 +74,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return ids if tokenizer.bos_id is None or begins_itself else [tokenizer.bos_id, *ids]
 
 
-def prompt_batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> PromptBatch:
-    """Prompts as a generator takes them, padded on the right; prompt i is row i of the stream."""
+def prompt_batch(tokenizer: Tokenizer, prompts: Sequence[Prompt], first_row: int = 0) -> PromptBatch:
+    """Prompts as a generator takes them, padded on the right; prompt i is row first_row + i of the stream."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True)):
         if not row:
@@ -83,7 +84,7 @@ def prompt_batch(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> PromptBatch
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     tokens = torch.zeros(mask.shape, dtype=torch.int64)
     tokens[mask] = torch.tensor([token for row in ids for token in row])
-    return PromptBatch(tokens=tokens, token_mask=mask, row=torch.arange(len(ids)))
+    return PromptBatch(tokens=tokens, token_mask=mask, row=first_row + torch.arange(len(ids)))
 
 
 def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
