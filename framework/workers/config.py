@@ -1,8 +1,11 @@
 """The numbers of PPO (Schulman et al. 2017; Ouyang et al. 2022), shared by its workers and its loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from framework.core.config import Choice, require
+from framework.engine.config import EngineConfig
+from framework.optim.config import OptimConfig
+from framework.parallel.config import ParallelConfig
 
 
 class KlKind(Choice):
@@ -65,3 +68,16 @@ class PpoConfig:
     def __post_init__(self) -> None:
         require(self.iterations >= 1 and self.epochs >= 1, "ppo.iterations and ppo.epochs must be at least 1")
         require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "ppo.gamma and ppo.lam must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What a role's engine is built from. Not a group of a recipe: the stage fills it in."""
+
+    folder: str  # a Hugging Face folder: architecture and first weights
+    micro_size: int  # rows of one forward on one data rank, in updates and in inference alike
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    temperature: float = 1.0  # of the rollout: it divides the logits of every log-prob
+    optim: OptimConfig | None = None  # none = a role that only infers
+    total_steps: int = 1  # of the schedule

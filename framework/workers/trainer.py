@@ -1,0 +1,93 @@
+"""What every role with an engine shares: how the engine is built from a folder, checkpointed, fingerprinted, exported.
+
+Left out: what a role answers (`actor`, `critic`, `reference`, `reward`), and the training loop of the supervised
+stages (`engine/loop`).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from framework.checkpoint.format import PartReader, write_part
+from framework.checkpoint.integrity import tensor_hash
+from framework.cluster.marks import every, same
+from framework.core.records import Box, ReadBox
+from framework.core.runtime import Runtime
+from framework.engine.protocol import Engine
+from framework.engine.torch_engine import build_engine
+from framework.models.hub import read_folder, save_weights
+from framework.models.init import parameter_shapes
+from framework.workers.config import EngineSpec
+
+
+class Trainer:
+    """One rank of a role that owns an engine. `part` is its name in a checkpoint.
+
+    `value_head` makes a critic, from a reward model's folder (its score becomes the first value) or from a language
+    model's (its first values are zero); `num_classes` a classifier.
+    """
+
+    part = "model"
+    value_head = False
+    num_classes = 0
+
+    def __init__(self, runtime: Runtime, spec: EngineSpec):
+        self.runtime = runtime
+        self.spec = spec
+        self.model, read, shapes = read_folder(spec.folder)
+        self.engine: Engine = build_engine(
+            self.model,
+            runtime=runtime,
+            parallel=spec.parallel,
+            config=spec.engine,
+            micro_size=spec.micro_size,
+            optim=spec.optim,
+            total_steps=spec.total_steps,
+            weights=read if "value_head.weight" in shapes else _with_zero_head(read),
+            value_head=self.value_head,
+            num_classes=self.num_classes,
+            temperature=spec.temperature,
+        )
+        self.data_rank, self.data_size = self.engine.data_rank, self.engine.data_size
+
+    @every
+    def save_part(self, staging: str) -> None:
+        """Write this rank's shards of weights and optimizer into the staging folder of a checkpoint."""
+        write_part(Path(staging), self.part, self.runtime.rank, self.engine.shards(), self.runtime.world_size)
+
+    @every
+    def restore(self, checkpoint: str) -> None:
+        """Take weights and optimizer from a checkpoint's folder, whatever layout wrote it."""
+        self.engine.load_shards(PartReader(Path(checkpoint), self.part))
+
+    @same
+    def export(self, folder: str, extra: dict[str, int | None]) -> None:
+        """Write the weights as a Hugging Face folder; `extra` goes into config.json. The tokenizer is the stage's."""
+        weights = self.engine.weights()
+        if self.runtime.is_main:
+            classes = 1 if self.value_head else self.num_classes
+            save_weights(self.model, weights, folder, classes=classes, extra=extra)
+        else:
+            for _ in weights:  # gathering is collective
+                pass
+
+    @every
+    def fingerprints(self) -> dict[str, int]:
+        """The hash of this rank's part of every parameter, by logical name; over ranks they add up modulo 2**64."""
+        shapes = parameter_shapes(self.model)
+        prefix = "model/"
+        return {
+            name.removeprefix(prefix): tensor_hash(tensor, box, shapes.get(name.removeprefix(prefix)))
+            for name, box, tensor in self.engine.shards()
+            if name.startswith(prefix)
+        }
+
+
+def _with_zero_head(read: ReadBox) -> ReadBox:
+    """`read`, and a value head of zeros: values start at zero, not at noise (Ziegler et al. 2019)."""
+
+    def with_head(name: str, box: Box) -> Tensor:
+        return torch.zeros([length for _, length in box]) if name == "value_head.weight" else read(name, box)
+
+    return with_head
