@@ -109,6 +109,16 @@ def test_normals_are_normal() -> None:
     assert float(distance) < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov at 0.001
 
 
+def test_normals_lie_evenly_between_their_quantiles() -> None:
+    """The low bits carry on where the 14 high ones, which choose the cell, leave off."""
+    x = random.normal(random.key(0, "n"), torch.arange(100_000))
+    q = random._quantiles(torch.device("cpu"))
+    cell = torch.searchsorted(q, x, right=True) - 1
+    within = (x - q[cell]) / (q[cell + 1] - q[cell])
+    assert abs(float(within.mean()) - 1 / 2) < 4 / math.sqrt(12 * 100_000)
+    assert abs(float(within.var()) - 1 / 12) < 4 / math.sqrt(180 * 100_000)
+
+
 def test_the_table_of_quantiles_loses_less_than_a_thousandth_of_the_variance() -> None:
     q = random._quantiles(torch.device("cpu"))
     left, right = q[:-1], q[1:]
