@@ -4,6 +4,7 @@ Both work on token ids, so that model and baseline answer for the same tokens. L
 left out: the bigram is a yardstick that anyone can work by hand, not a rival.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -33,16 +34,17 @@ class Bigram:
 
     @classmethod
     def fit(cls, sequences: Iterable[Ids], vocab_size: int, discount: float | None = None) -> "Bigram":
-        """Counts of every adjacent pair. `discount` None: n1 / (n1 + 2 n2), from how many pairs occur once and twice."""
+        """Counts of every adjacent pair. `discount` None: n1 / (n1 + 2 n2), of pairs occurring once and twice."""
         pairs: Counter[tuple[int, int]] = Counter()
         for ids in sequences:
-            pairs.update(zip(ids, ids[1:]))
+            pairs.update(itertools.pairwise(ids))
         contexts, followers, preceders = Counter[int](), Counter[int](), Counter[int]()
         for (a, b), count in pairs.items():
             contexts[a] += count
             followers[a] += 1
             preceders[b] += 1
-        return cls(vocab_size, _discount(pairs) if discount is None else discount, pairs, contexts, followers, preceders)
+        discount = _discount(pairs) if discount is None else discount
+        return cls(vocab_size, discount, pairs, contexts, followers, preceders)
 
     def probability(self, a: int, b: int) -> float:
         """p(b|a); sums to one over b."""
@@ -55,7 +57,7 @@ class Bigram:
 
     def nats(self, ids: Ids) -> float:
         """−log of the probability of ids[1:] given ids[0], natural logarithm."""
-        return -sum(math.log(self.probability(a, b)) for a, b in zip(ids, ids[1:]))
+        return -sum(math.log(self.probability(a, b)) for a, b in itertools.pairwise(ids))
 
     def total_nats(self, sequences: Iterable[Ids]) -> float:
         """The sum of `nats` over held-out sequences."""

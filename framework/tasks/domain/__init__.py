@@ -1,0 +1,1 @@
+"""Tasks of a domain, on corpora that come with the recipes."""
