@@ -9,5 +9,6 @@ class EvaluationConfig:
 
     tasks: list[str] = field(default_factory=list)  # registered tasks, or files that define one
     limit: int = 0  # examples a task; 0 = all
-    samples: int = 1  # answers an example
+    part: str = "test"  # of a task's examples: train, valid or test
+    samples: int = 1  # answers to a held-out prompt, ppo only
     baselines: bool = False  # also measure what bigrams (and lengths) alone achieve; for small data, in plain Python

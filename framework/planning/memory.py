@@ -6,11 +6,7 @@ mixed precision adds an fp32 master copy of the weight.
 
 from dataclasses import dataclass
 
-from framework.engine.config import Precision
-from framework.models.config import Activation, ModelConfig, Norm, Position
-from framework.parallel.config import ParallelConfig, Shard
-
-_BYTES = {Precision.FP32: 4, Precision.BF16: 4, Precision.FP64: 8}
+from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,15 @@ def num_parameters(model: ModelConfig) -> int:
     layer = attention + _feed_forward(model) + 2 * norm
     embeddings = model.vocab_size * hidden * (1 if model.tied else 2)
     learned = model.max_positions * hidden if model.position is Position.LEARNED else 0
-    return embeddings + learned + model.num_layers * layer + norm
+    last = norm if model.norm_place is NormPlace.PRE else 0
+    return embeddings + learned + model.num_layers * layer + last
 
 
-def state_memory(parameters: int, precision: Precision, parallel: ParallelConfig, data_size: int) -> StateMemory:
-    """Bytes of weights (with the fp32 master where compute is bf16), gradients and AdamW moments on one rank."""
-    share = data_size if parallel.shard is Shard.FULL else 1
-    per_rank = -(-parameters // share)
-    size = _BYTES[precision]
-    return StateMemory(weights=per_rank * size, gradients=per_rank * size, optimizer=2 * per_rank * size)
+def state_memory(parameters: int, element_bytes: int, num_shards: int) -> StateMemory:
+    """Bytes of master weights, gradients and AdamW's two moments on one of `num_shards` ranks that share them out, each
+    element of `element_bytes` (4, also where compute is bf16: its master copies are fp32)."""
+    size = -(-parameters // num_shards) * element_bytes
+    return StateMemory(weights=size, gradients=size, optimizer=2 * size)
 
 
 def _feed_forward(model: ModelConfig) -> int:

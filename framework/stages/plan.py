@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from framework.core.errors import UsageError
+from framework.engine.config import Precision
 from framework.planning.memory import num_parameters, state_memory
 from framework.stages.config import PpoRun, RunConfig, TrainingRun
 
@@ -70,7 +71,7 @@ def _memory_lines(config: RunConfig) -> list[str]:
             return ["memory: known once the tokenizer is there (model.vocab_size comes from it)"]
         model, note = replace(model, vocab_size=_vocabulary_size(vocabulary)), ", vocabulary from the tokenizer"
     parameters = num_parameters(model)
-    memory = state_memory(parameters, config.engine.precision, config.parallel, 1)
+    memory = state_memory(parameters, 8 if config.engine.precision is Precision.FP64 else 4, num_shards=1)
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     states = " + ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
     return [

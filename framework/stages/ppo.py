@@ -5,21 +5,27 @@ directly in this process or as Ray actors, and the loop cannot tell. Left out: h
 `cluster`), how a worker computes (`workers`), and every formula (`objectives`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from framework.checkpoint.manager import CheckpointManager
 from framework.core import random
 from framework.core.masked import masked_mean, masked_sum
 from framework.core.records import Experience, Rollout
 from framework.core.registry import lookup
+from framework.data.loader import Loader
+from framework.data.prompts import open_rows
 from framework.objectives.advantage import whiten
 from framework.objectives.kl import adapt_coefficient, estimate_kl, token_rewards
+from framework.stages.assessment import Assessor, open_prompts, show_rollout
 from framework.stages.config import PpoRun
-from framework.stages.roles import Roles
+from framework.stages.job import Job, Run, open_job
+from framework.stages.roles import Roles, open_roles
+from framework.tokenization.load import load as load_tokenizer
+from framework.tracking.progress import Progress
 from framework.workers.config import KlControl, PpoConfig
 
 Figures = dict[str, float]
@@ -31,19 +37,68 @@ class State:
 
     iteration: int = 0
     kl_coefficient: float = 0.0
+    before: Figures = field(default_factory=dict)  # the held-out figures of the policy that it began with
 
 
-def improve(config: PpoRun, roles: Roles, state: State) -> Iterator[tuple[State, Figures]]:
-    """Run PPO from `state` on; yields after every iteration, at the boundary where saving is exact."""
-    for iteration in range(state.iteration, config.ppo.iterations):
-        roles.publish(version=iteration)
-        rollout = roles.answer(roles.prompts.batch(iteration), seed=config.seed)
-        judged = judge(roles, rollout)
-        experience, figures = make_experience(rollout, judged, state.kl_coefficient, config.ppo)
-        figures |= update(config, roles, experience, iteration)
-        coefficient = next_coefficient(config.ppo, state.kl_coefficient, figures["ppo/kl/response"], len(rollout))
-        state = State(iteration + 1, coefficient)
-        yield state, figures
+def run(config: PpoRun) -> Run:
+    """Improve the policy of init_from against the reward model of reward_from; export model/ and critic/."""
+    with open_job(config, {"init_from": config.init_from, "reward_from": config.reward_from}) as job:
+        if job.finished:
+            return job.result()
+        tokenizer = load_tokenizer(config.init_from)
+        prompts, held_out = open_prompts(job, config, tokenizer, open_rows)
+        with open_roles(job, config, tokenizer, held_out) as roles:
+            assessor = Assessor(job, config, roles, tokenizer, held_out)
+            state = improve(job, config, roles, prompts, assessor)
+            after = assessor.assess(config.ppo.iterations)
+            roles.export(job.folder.path, tokenizer)
+        assessor.conclude(state.before, after)
+        return job.finish(after | {f"{name}/before": figure for name, figure in state.before.items()})
+
+
+def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: Assessor) -> State:
+    """The loop. It is saved, stopped and continued at the boundary between two iterations."""
+    manager = CheckpointManager(job.folder.checkpoints, config.checkpoint)
+    state = resume(config, roles, manager)
+    job.folder.cut_back(state.iteration)
+    if not state.before:
+        state = replace(state, before=assessor.assess(0))
+    total = config.ppo.iterations
+    with Progress("ppo", total, "iterations", state.iteration, config.tracking.progress) as progress:
+        while state.iteration < total:
+            state, figures = iterate(job, config, roles, prompts, state)
+            job.folder.log(state.iteration, figures)
+            job.folder.advance(state.iteration, total)
+            progress(state.iteration, score=figures["ppo/score/mean"], kl=figures["ppo/kl/response"])
+            stopping = job.stop.requested
+            every = config.checkpoint.every
+            if stopping or state.iteration == total or (every and state.iteration % every == 0):
+                with manager.saving(state.iteration, asdict(state), figures) as staging:
+                    roles.save(staging)
+            if stopping:
+                raise job.stop.error(f"after iteration {state.iteration} of {total}")
+    return state
+
+
+def iterate(job: Job, config: PpoRun, roles: Roles, prompts: Loader, state: State) -> tuple[State, Figures]:
+    """One iteration: publish, answer, judge, make experience, update."""
+    synced = roles.publish(version=state.iteration)
+    rollout = roles.answer(prompts.batch(state.iteration), config.rollout.samples, config.seed)
+    judged = judge(roles, rollout)
+    experience, figures = make_experience(rollout, judged, state.kl_coefficient, config.ppo)
+    figures |= synced | update(config, roles, experience, state.iteration)
+    show_rollout(job, roles.tokenizer, experience, judged.scores, state.iteration + 1)
+    coefficient = next_coefficient(config.ppo, state.kl_coefficient, figures["ppo/kl/response"], len(rollout))
+    return replace(state, iteration=state.iteration + 1, kl_coefficient=coefficient), figures
+
+
+def resume(config: PpoRun, roles: Roles, manager: CheckpointManager) -> State:
+    """Bring the workers to the newest checkpoint that verifies; the beginning where there is none."""
+    checkpoint = manager.latest()
+    if checkpoint is None:
+        return State(kl_coefficient=config.ppo.kl_coefficient)
+    roles.restore(checkpoint)
+    return State(**checkpoint.state)
 
 
 @dataclass(frozen=True)

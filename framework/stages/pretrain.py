@@ -37,7 +37,7 @@ def run(config: PretrainRun) -> Run:
                 figures["baseline/bigram_nats_per_byte"] = bigram
                 what = f"{what} (a bigram: {bigram:.3f})"
             job.learned(what, figures["valid/nats_per_byte"], figures["valid/nats_per_byte/before"])
-        figures |= run_tasks(job, config)
+        figures |= run_tasks(job, config, str(config.folder / "model"))
         return job.finish(figures)
 
 

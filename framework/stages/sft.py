@@ -18,5 +18,5 @@ def run(config: SftRun) -> Run:
         figures = fit(job, config, start, rows, token_loss)
         if rows.valid is not None:
             job.learned("held-out nats per response token", figures["valid/loss"], figures["valid/loss/before"])
-        figures |= run_tasks(job, config)
+        figures |= run_tasks(job, config, str(config.folder / "model"))
         return job.finish(figures)

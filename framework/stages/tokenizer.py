@@ -21,7 +21,9 @@ def run(config: TokenizerRun) -> Run:
         texts = list(_texts(held_out, config.data.format))
         num_bytes = sum(len(text.encode()) for text in texts)
         num_tokens = sum(map(len, learned.encode_many(texts)))
-        return job.finish({"vocab_size": learned.vocab_size, "bytes_per_token": num_bytes / max(1, num_tokens)})
+        figures = {"vocab_size": learned.vocab_size, "bytes_per_token": num_bytes / max(1, num_tokens)}
+        job.learned(f"bytes a token ({learned.vocab_size:,} tokens)", figures["bytes_per_token"], 1.0)
+        return job.finish(figures)
 
 
 def _texts(paths: list[str], format: str) -> Iterator[str]:

@@ -5,10 +5,8 @@ import itertools
 import pytest
 import torch
 
-from framework.engine.config import Precision
 from framework.models.config import Activation, ModelConfig, Norm, Position
 from framework.models.transformer import Transformer
-from framework.parallel.config import ParallelConfig, Shard
 from framework.planning.memory import num_parameters, state_memory
 
 AXES = itertools.product([True, False], [Activation.SWIGLU, Activation.GELU], [Norm.RMS, Norm.LAYER], [1, 4])
@@ -34,7 +32,6 @@ def test_llama_2_7b_has_its_published_size() -> None:
 
 
 def test_state_bytes_by_hand() -> None:
-    memory = state_memory(1001, Precision.FP32, ParallelConfig(), 1)
+    memory = state_memory(1001, 4, num_shards=1)
     assert (memory.weights, memory.gradients, memory.optimizer, memory.total) == (4004, 4004, 8008, 16016)
-    sharded = state_memory(1001, Precision.FP32, ParallelConfig("fsdp", Shard.FULL), 4)
-    assert sharded.total == 251 * 16
+    assert state_memory(1001, 4, num_shards=4).total == 251 * 16

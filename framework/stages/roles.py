@@ -1,0 +1,125 @@
+"""The cast of PPO: five groups of workers, and what the loop asks of all of them together.
+
+Left out: the loop (`ppo`), and what a role computes (`workers`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from framework.checkpoint.manager import Checkpoint
+from framework.cluster.group import Group
+from framework.cluster.session import open_cluster
+from framework.core.records import PromptBatch, Rollout, Tokenizer
+from framework.data.loader import RowSource
+from framework.generation.config import GenerationConfig, SamplingConfig
+from framework.stages.config import PpoRun
+from framework.stages.job import Job, load_extensions
+from framework.workers.actor import Actor
+from framework.workers.config import EngineSpec
+from framework.workers.critic import Critic
+from framework.workers.generator import Generator
+from framework.workers.publish import publish
+from framework.workers.reference import Reference
+from framework.workers.reward import Reward
+
+ROLES = ("actor", "critic", "reference", "reward", "generator")
+_CANARIES = 4  # prompts that prove a publication
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The groups, up and ready."""
+
+    actor: Group
+    critic: Group
+    reference: Group
+    reward: Group
+    generator: Group
+    canary: PromptBatch
+    strict: bool
+    tokenizer: Tokenizer
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Give the generator the actor's weights as policy `version`, and prove it (law Sync)."""
+        return publish(self.actor, self.generator, version, self.canary, self.strict)
+
+    def answer(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
+        """`samples` responses a prompt from the policy last published."""
+        rollout: Rollout = self.generator.generate(prompts, samples=samples, seed=seed).result()
+        return rollout
+
+    def save(self, staging: Path) -> None:
+        """Write what learns into a checkpoint's staging folder."""
+        pending = [group.save_part(str(staging)) for group in (self.actor, self.critic)]
+        for part in pending:
+            part.result()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Bring what learns back to a checkpoint."""
+        pending = [group.restore(str(checkpoint.folder)) for group in (self.actor, self.critic)]
+        for part in pending:
+            part.result()
+
+    def export(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write model/ and critic/ in the Hugging Face format."""
+        extra = {"eos_token_id": tokenizer.end_id, "bos_token_id": tokenizer.bos_id}
+        for group, name in ((self.actor, "model"), (self.critic, "critic")):
+            group.export(str(folder / name), extra).result()
+            tokenizer.save(str(folder / name))
+
+
+@contextmanager
+def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource) -> Iterator[Roles]:
+    """Start the five groups, in this process or on Ray, and wait until all are up. They end with the block."""
+    first = canary.rows(np.arange(min(_CANARIES, len(canary))))
+    assert isinstance(first, PromptBatch)
+    with open_cluster(
+        config.cluster,
+        dict.fromkeys(ROLES, config.cluster.workers),
+        logs=job.folder.path / "logs",
+        device=config.device,
+        deterministic=config.deterministic,
+        prepare=partial(load_extensions, config.extensions),
+    ) as cluster:
+        actor, critic = engine_specs(config)
+        frozen = replace(actor, optim=None)
+        groups = {
+            "actor": cluster.group("actor", Actor, spec=actor, ppo=config.ppo),
+            "critic": cluster.group("critic", Critic, spec=critic, ppo=config.ppo),
+            "reference": cluster.group("reference", Reference, spec=frozen),
+            "reward": cluster.group("reward", Reward, spec=replace(frozen, folder=config.reward_from)),
+            "generator": cluster.group("generator", Generator, **_generator(config, tokenizer)),
+        }
+        for group in groups.values():
+            group.ready()
+        yield Roles(**groups, canary=first, strict=config.rollout.strict, tokenizer=tokenizer)
+
+
+def engine_specs(config: PpoRun) -> tuple[EngineSpec, EngineSpec]:
+    """How the actor's and the critic's engines are built. Strict rollouts need strict engines: law On-policy."""
+    updates = config.rollout.prompts * config.rollout.samples // config.batch.size * config.ppo.epochs
+    actor = EngineSpec(
+        folder=config.init_from,
+        parallel=config.parallel,
+        engine=replace(config.engine, strict=config.engine.strict or config.rollout.strict),
+        micro_size=config.batch.micro(config.cluster.workers),
+        optim=config.optim,
+        total_steps=config.ppo.iterations * updates,
+        temperature=config.rollout.temperature,
+    )
+    return actor, replace(actor, folder=config.reward_from, optim=config.critic_optim, temperature=1.0)
+
+
+def _generator(config: PpoRun, tokenizer: Tokenizer) -> dict[str, object]:
+    return {
+        "folder": config.init_from,
+        "sampling": SamplingConfig(max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature),
+        "generation": GenerationConfig(slots=config.rollout.slots, strict=config.rollout.strict),
+        "stop_ids": (tokenizer.end_id,),
+        "width": config.width,
+    }
