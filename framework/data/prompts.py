@@ -29,14 +29,16 @@ from framework.data.shards import OVER_LENGTH, Array
 def open_rows(
     config: DataConfig, part: str, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress | None = None
 ) -> RowSource:
-    """The prompts of "train" or "valid", at most and padded to config.max_tokens, prepared under `folder`.
+    """The prompts of "train" or "valid", at most and padded to config.max_tokens (the recipe's
+    rollout.max_prompt_tokens), prepared under `folder`.
 
     The content does not depend on `seed`; only the loader's order does.
     """
 
     def open_one(config: DataConfig) -> PromptRows:
         render = partial(render_prompts, tokenizer, config.max_tokens)
-        shards = open_shards(config, part, tokenizer, folder, progress, kind="prompts", render=render)
+        limit = "rollout.max_prompt_tokens"
+        shards = open_shards(config, part, tokenizer, folder, progress, kind="prompts", render=render, limit=limit)
         return PromptRows(shards, tokenizer, config.max_tokens)
 
     return open_parts(config, part, open_one)

@@ -28,10 +28,12 @@ def open_shards(
     kind: str,
     render: Render,
     finish: Finish = lambda ends: {},
+    limit: str = "data.max_tokens",
 ) -> Shards:
     """The shards of one part of the data, made where they are not there yet.
 
-    DataError where nothing is left to use, UsageError where samples are over length and the recipe says "refuse".
+    DataError where nothing is left to use, UsageError where samples are over length and the recipe says "refuse";
+    `limit` is the key by which the recipe sets config.max_tokens.
     """
     held_out = config.valid_share if not config.valid else 0.0
     paths = config.valid if part == "valid" and config.valid else config.train
@@ -50,7 +52,8 @@ def open_shards(
         finish=finish,
     )
     shards = prepare(preparation, Path(config.cache) if config.cache else folder, progress)
-    _refuse(shards, config, part, paths)
+    _refuse_over_length(shards, config, part, limit)
+    _refuse_nothing(shards, config, part, paths)
     return shards
 
 
@@ -121,19 +124,20 @@ def pack(config: DataConfig) -> Finish:
     return finish
 
 
-def _refuse(shards: Shards, config: DataConfig, part: str, paths: list[str]) -> None:
+def _refuse_over_length(shards: Shards, config: DataConfig, part: str, limit: str) -> None:
     counted = shards.counted
     over = counted.skipped.get(OVER_LENGTH, 0)
     if over and config.over_length == "refuse":
         raise UsageError(
-            f"{over} of {counted.read} samples of data.{part} are longer than data.max_tokens={config.max_tokens} (the "
-            f"first at {counted.first_over}); set data.max_tokens={counted.longest} to take all, or "
-            "data.over_length=skip to leave them out"
+            f"{over} of {counted.read} samples of data.{part} are over {limit}={config.max_tokens} (the first at "
+            f"{counted.first_over}); set {limit}={counted.longest} to take all, or data.over_length=skip"
         )
-    if not len(shards):
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in counted.skipped.items())
-        share = f", data.valid_share={config.valid_share}" if config.valid_share and not config.valid else ""
-        raise DataError(
-            f"no sample left for data.{part}: {counted.read} read{share}{', ' + reasons if reasons else ''}",
-            ", ".join(paths),
-        )
+
+
+def _refuse_nothing(shards: Shards, config: DataConfig, part: str, paths: list[str]) -> None:
+    if len(shards):
+        return
+    reasons = "".join(f", {reason}: {count}" for reason, count in shards.counted.skipped.items())
+    share = f", data.valid_share={config.valid_share}" if config.valid_share and not config.valid else ""
+    what = f"no sample left for data.{part}: {shards.counted.read} read{share}{reasons}"
+    raise DataError(what, ", ".join(paths))

@@ -21,7 +21,7 @@ from framework.core.errors import FrameworkError
 Array = npt.NDArray[Any]
 MANIFEST = "manifest.json"
 LAYOUT = 1  # part of the folder's name: raise it when the meaning of a file changes
-OVER_LENGTH = "longer than data.max_tokens"
+OVER_LENGTH = "over length"
 
 
 @dataclass
