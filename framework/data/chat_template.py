@@ -42,10 +42,10 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], turns: list[int])
     texts = [text for turn in turns for text in _around(tokenizer, messages, turn)]
     for shorter, longer in pairwise(texts):
         _check_prefix(shorter, longer)
-    ids = tokenizer.encode(texts[-1])
-    mask: list[bool] = []
-    for before, after in zip(texts[::2], texts[1::2]):
-        start, stop = _span(tokenizer, ids, before, after)
+    encoded = tokenizer.encode_many(texts)
+    ids, mask = encoded[-1], list[bool]()
+    for prompt, finished in zip(encoded[::2], encoded[1::2]):
+        start, stop = _span(tokenizer.end_id, ids, prompt, finished)
         mask += [False] * (start - len(mask)) + [True] * (stop - start)
     return Rendered(tuple(ids[: len(mask)]), tuple(mask))
 
@@ -66,13 +66,12 @@ def _check_prefix(shorter: str, longer: str) -> None:
     )
 
 
-def _span(tokenizer: Tokenizer, ids: list[int], before: str, after: str) -> tuple[int, int]:
+def _span(end_id: int, ids: list[int], prompt: list[int], finished: list[int]) -> tuple[int, int]:
     """[start, stop) of an answer in `ids`, its end token the last one."""
-    prompt, finished = tokenizer.encode(before), tokenizer.encode(after)
     if ids[: len(prompt)] != prompt or ids[: len(finished)] != finished:
         raise UnstableTokens("a token reaches across the beginning or the end of an answer")
     for stop in range(len(finished), len(prompt), -1):
-        if finished[stop - 1] == tokenizer.end_id:
+        if finished[stop - 1] == end_id:
             return len(prompt), stop
     raise UsageError(
         "the chat template does not write the tokenizer's end token behind an answer, so a model could never learn to "

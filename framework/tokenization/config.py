@@ -30,7 +30,10 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         tokens = self.special_tokens
         least = NUM_BYTES + len(tokens)
-        require(len(set(tokens)) == len(tokens) and "" not in tokens, f"tokenizer.special_tokens={tokens} names a token twice, or an empty one")
+        require(
+            len(set(tokens)) == len(tokens) and "" not in tokens,
+            f"tokenizer.special_tokens={tokens} names a token twice, or an empty one",
+        )
         missing = [token for token in REQUIRED_TOKENS if token not in tokens]
         require(not missing, f"tokenizer.special_tokens lacks {', '.join(missing)}, which the chat template writes")
         require(
