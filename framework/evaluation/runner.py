@@ -17,7 +17,7 @@ from framework.generation.protocol import Generator
 from framework.generation.text import generate_text
 from framework.tasks.task import Task
 
-_AT_ONCE = 512  # prompts in one call of the generator: bounds its memory, and tells progress between calls
+_AT_ONCE = 128  # prompts in one call of the generator: bounds its memory, and tells progress between calls
 
 
 @dataclass(frozen=True)
