@@ -16,11 +16,15 @@ from framework.core.errors import UsageError
 
 # Opens a private Ray, reports itself, then does what it is told. The actor spins, so that nothing ends by politeness.
 SCRIPT = """
-import sys
+import signal, sys
 from framework.cluster.local_ray import local_ray
 
+signal.signal(signal.SIGTERM, lambda *_: None)
+ours = signal.getsignal(signal.SIGTERM)
 with local_ray(cpus=2):
     import ray
+
+    assert signal.getsignal(signal.SIGTERM) is ours, "Ray took our handler"
 
     @ray.remote
     class Spinner:
@@ -30,7 +34,8 @@ with local_ray(cpus=2):
     spinner = Spinner.options(name="spinner", namespace="shared").remote()
     busy = spinner.spin.remote()
     seen = len(ray.nodes()), len(ray.util.list_named_actors(all_namespaces=True))
-    print(ray._private.worker._global_node.get_temp_dir_path(), *seen, flush=True)
+    here = ray.get_runtime_context().gcs_address
+    print(ray._private.worker._global_node.get_temp_dir_path(), here, *seen, flush=True)
     word = sys.stdin.readline().strip()
     if word == "raise":
         raise RuntimeError("told to")
@@ -40,21 +45,21 @@ with local_ray(cpus=2):
 class Controller:
     """A process that holds a private Ray."""
 
-    def __init__(self, temporary: Path) -> None:
+    def __init__(self, temporary: Path, script: str = SCRIPT, **variables: str) -> None:
         strangers = {"RAY_ADDRESS": "192.0.2.1:6379", "TMPDIR": str(temporary)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | strangers,
+            env=os.environ | strangers | variables,
             start_new_session=True,
         )
 
     def wait_until_up(self) -> None:
         assert self.process.stdout is not None
-        folder, self.nodes, self.actors = self.process.stdout.readline().split()
+        folder, self.address, self.nodes, self.actors = self.process.stdout.readline().split()
         self.folder = Path(folder)
         self.pids = [self.process.pid, *descendants(self.process.pid)]
 
@@ -149,6 +154,38 @@ def test_after_a_kill_nothing_is_left_either(temporary: Path) -> None:
     assert not controller.folder.exists()
 
 
+# Stands for the second driver of a cluster that somebody keeps running: it needs that cluster's address and token.
+JOINER = """
+import sys
+from pathlib import Path
+from stand_in import StandIn, prompts
+from framework.cluster.config import ClusterConfig, ClusterKind
+from framework.cluster.session import open_cluster
+
+config = ClusterConfig(kind=ClusterKind.RAY, address=sys.stdin.readline().strip())
+with open_cluster(config, {"actor": 1}, logs=Path(sys.stdin.readline().strip()), device="cpu") as cluster:
+    print(cluster.group("actor", StandIn).seen(prompts(4)).result().tolist())
+"""
+
+
+def test_a_running_ray_is_joined_by_its_address_and_left_running(temporary: Path, tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    host = Controller(temporary, SCRIPT.replace("with local_ray", f"{_OPEN_TOKEN}\nwith local_ray", 1))
+    host.wait_until_up()
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    joiner = Controller(temporary, JOINER, PYTHONPATH=paths, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **token)
+    out, err = joiner.process.communicate(f"{host.address}\n{tmp_path}\n", timeout=120)
+    assert out == "[0, 0, 0, 0]\n", err
+    assert (tmp_path / "actor-0.log").exists()
+    assert host.process.poll() is None
+    code, stderr = host.end("end")
+    assert code == 0, stderr
+    assert alive(host.pids) == []
+
+
+_OPEN_TOKEN = "import framework.cluster.local_ray as module; module._token = lambda: '0' * 64"
+
+
 def test_the_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
@@ -170,10 +207,8 @@ def test_a_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest
     assert not Path(folder).exists()
 
 
-def test_an_address_where_no_ray_answers_is_refused() -> None:
-    for address in ("127.0.0.1:1", "nowhere"):
-        with (
-            pytest.raises(UsageError, match=f"cluster.address={address}: no Ray answers"),
-            local_ray.joined_ray(address),
-        ):
-            pass
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_an_address_where_no_ray_answers_is_refused(address: str) -> None:
+    message = f"cluster.address={address}: no Ray answers there"
+    with pytest.raises(UsageError, match=message), local_ray.joined_ray(address):
+        pass

@@ -1,5 +1,5 @@
-"""The roles as Ray actors, actor and critic on two FSDP ranks each: what they answer, learn, publish and save equals one
-process. One Ray for all.
+"""The roles as Ray actors, actor and critic on two FSDP ranks each: what they answer, learn, publish and save equals
+one process. One Ray for all.
 
 Bounds are law Layout's: log-probs and values of one forward differ in fp32 rounding alone; updated weights within
 tol x max(max|w|, RMS of all weights) under AdamW(eps 1e-5).
