@@ -20,8 +20,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from framework.core.errors import DataError, UsageError
 from framework.core.records import Message
 
-# Each message is <|role|>content<|end|>; `generation` marks for other libraries what an assistant writes.
+# Each message is <|role|>content<|end|>, behind the token that every document starts with, so that a model finds in a
+# conversation what pretraining taught it of a first position. `generation` tells other libraries what is trained.
 DEFAULT_TEMPLATE = """\
+{{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] not in ROLES %}
         {{- raise_exception("no role '" + message['role'] + "'; the roles are " + ROLES | join(', ')) }}

@@ -49,13 +49,13 @@ def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def test_by_hand(tokenizer: Tokenizer) -> None:
-    """[4] system, [2] user, [3] assistant, [1] end: every answer and its end is trained, nothing stands behind."""
+    """[1] starts and ends, [4] system, [2] user, [3] assistant: answers and their ends are trained, nothing is behind."""
     rendered = render_conversation(tokenizer, [*CHAT[:3], Message("user", "unanswered")])
-    assert shown(tokenizer, rendered.ids) == "[4]s[1][2]hi[1][3]yo[1]"
-    assert rendered.loss_mask == (False,) * 8 + (True,) * 3
+    assert shown(tokenizer, rendered.ids) == "[1][4]s[1][2]hi[1][3]yo[1]"
+    assert rendered.loss_mask == (False,) * 9 + (True,) * 3
     both = render_conversation(tokenizer, CHAT)
-    assert shown(tokenizer, both.ids) == "[4]s[1][2]hi[1][3]yo[1][2]b[1][3][1]"
-    assert [n for n, trained in enumerate(both.loss_mask) if trained] == [8, 9, 10, 15]
+    assert shown(tokenizer, both.ids) == "[1][4]s[1][2]hi[1][3]yo[1][2]b[1][3][1]"
+    assert [n for n, trained in enumerate(both.loss_mask) if trained] == [9, 10, 11, 16]
 
 
 def test_only_the_answer_is_trained_after_a_prompt_with_answers(tokenizer: Tokenizer) -> None:

@@ -19,30 +19,31 @@ RECORDS = [
 
 
 def test_by_hand(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
-    config = DataConfig(train=[write("a.jsonl", RECORDS)], max_tokens=8)
+    config = DataConfig(train=[write("a.jsonl", RECORDS)], max_tokens=9)
     rows = open_rows(config, "train", tokenizer, tmp_path, 0)
     batch = rows.rows(np.array([0, 1]))
     assert isinstance(batch, PreferenceBatch)
     q, y, o, n = (261 + ord(c) - ord("a") for c in "qyon")
-    assert batch.chosen.tokens[0].tolist() == [2, q, 1, 3, y, o, 1, 0]
-    assert batch.chosen.labels[0].tolist() == [q, 1, 3, y, o, 1, 0, 0]
-    assert batch.chosen.loss_mask[0].int().tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
-    assert batch.chosen.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
-    assert batch.chosen.document_ids[0].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
-    assert batch.rejected.tokens[0].tolist() == [2, q, 1, 3, n, 1, 0, 0]
-    assert batch.rejected.loss_mask[0].int().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert batch.chosen.tokens[0].tolist() == [1, 2, q, 1, 3, y, o, 1, 0]
+    assert batch.chosen.labels[0].tolist() == [2, q, 1, 3, y, o, 1, 0, 0]
+    assert batch.chosen.loss_mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0]
+    assert batch.chosen.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    assert batch.chosen.document_ids[0].tolist() == [1, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert batch.rejected.tokens[0].tolist() == [1, 2, q, 1, 3, n, 1, 0, 0]
+    assert batch.rejected.loss_mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0]
     assert batch.margin is not None
     assert batch.margin.tolist() == [0.0, 1.5]
     assert (len(rows), rows.num_tokens, rows.num_bytes) == (2, 5 + 4, 3 + 2)
     assert rows.skipped == {"chosen and rejected are equal": 1}
     assert rows.preview() == (
-        "<|user|>q<|end|><|assistant|>«yo<|end|>»\n  is preferred to\n<|user|>q<|end|><|assistant|>«n<|end|>»"
+        "<|end|><|user|>q<|end|><|assistant|>«yo<|end|>»\n  is preferred to\n"
+        "<|end|><|user|>q<|end|><|assistant|>«n<|end|>»"
     )
 
 
 def test_the_last_token_read_is_always_the_end(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
     records = [{"prompt": "p" * n, "chosen": "c" * (9 - n), "rejected": "r" * n} for n in range(1, 8)]
-    rows = open_rows(DataConfig(train=[write("a.jsonl", records)], max_tokens=18), "train", tokenizer, tmp_path, 0)
+    rows = open_rows(DataConfig(train=[write("a.jsonl", records)], max_tokens=19), "train", tokenizer, tmp_path, 0)
     both = rows.rows(np.arange(7)).inputs()
     last = both.document_ids.sum(1) - 1
     assert both.tokens[np.arange(14), last].tolist() == [tokenizer.end_id] * 14
@@ -51,9 +52,9 @@ def test_the_last_token_read_is_always_the_end(tokenizer: Tokenizer, write: Writ
 
 def test_either_side_may_be_too_long(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
     path = write("a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b" * 9}, RECORDS[0]])
-    with pytest.raises(UsageError, match=r"1 of 2 samples .* set data\.max_tokens=14 to take all"):
-        open_rows(DataConfig(train=[path], max_tokens=13), "train", tokenizer, tmp_path, 0)
-    assert len(open_rows(DataConfig(train=[path], max_tokens=14), "train", tokenizer, tmp_path, 0)) == 2
+    with pytest.raises(UsageError, match=r"1 of 2 samples .* set data\.max_tokens=15 to take all"):
+        open_rows(DataConfig(train=[path], max_tokens=14), "train", tokenizer, tmp_path, 0)
+    assert len(open_rows(DataConfig(train=[path], max_tokens=15), "train", tokenizer, tmp_path, 0)) == 2
 
 
 def test_other_samples_are_named(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:

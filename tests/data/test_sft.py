@@ -12,8 +12,8 @@ from framework.data.sft import open_rows
 from tests.data.conftest import Write
 
 RECORDS = [
-    {"instruction": "hi", "output": "yo"},  # <|user|>hi<|end|><|assistant|>yo<|end|>: 8 ids, 7 positions
-    {"instruction": "a", "output": "bcé", "system": "s"},  # 11 + 2 ids: é is two bytes
+    {"instruction": "hi", "output": "yo"},  # <|end|><|user|>hi<|end|><|assistant|>yo<|end|>: 9 ids, 8 positions
+    {"instruction": "a", "output": "bcé", "system": "s"},  # 13 ids: é is two bytes
     {"instruction": "q", "output": " "},
 ]
 
@@ -23,33 +23,33 @@ def test_by_hand(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
     rows = open_rows(config, "train", tokenizer, tmp_path, 0)
     batch = rows.rows(np.array([0]))
     h, i, y, o = (261 + ord(c) - ord("a") for c in "hiyo")
-    assert batch.tokens[0, :7].tolist() == [2, h, i, 1, 3, y, o]
-    assert batch.labels[0, :7].tolist() == [h, i, 1, 3, y, o, 1]
-    assert batch.loss_mask[0, :7].int().tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert batch.document_ids[0].tolist() == [1] * 7 + [2] * 11 + [0] * 2
+    assert batch.tokens[0, :8].tolist() == [1, 2, h, i, 1, 3, y, o]
+    assert batch.labels[0, :8].tolist() == [2, h, i, 1, 3, y, o, 1]
+    assert batch.loss_mask[0, :8].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert batch.document_ids[0].tolist() == [1] * 8 + [2] * 12
     assert int(batch.loss_mask.sum()) == rows.num_tokens == 3 + 5
     assert rows.num_bytes == 2 + 4
     assert rows.skipped == {"nothing to train: no assistant's turn with text": 1}
-    assert rows.preview() == "<|user|>hi<|end|><|assistant|>«yo<|end|>»"
+    assert rows.preview() == "<|end|><|user|>hi<|end|><|assistant|>«yo<|end|>»"
 
 
 def test_without_packing_each_has_a_row(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
     config = DataConfig(train=[write("a.jsonl", RECORDS)], max_tokens=20, packing=False)
     rows = open_rows(config, "train", tokenizer, tmp_path, 0)
     assert len(rows) == 2
-    assert rows.rows(np.array([1])).document_ids[0].tolist() == [1] * 11 + [0] * 9
+    assert rows.rows(np.array([1])).document_ids[0].tolist() == [1] * 12 + [0] * 8
 
 
 def test_over_length_is_refused_with_figures_that_work(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
     path = write("a.jsonl", RECORDS)
     message = (
         r"1 of 3 samples of data\.train are over data\.max_tokens=8 \(the first at .*a\.jsonl:2\); "
-        r"set data\.max_tokens=11 to take all, or data\.over_length=skip"
+        r"set data\.max_tokens=12 to take all, or data\.over_length=skip"
     )
     for _ in range(2):  # found prepared, it is refused all the same
         with pytest.raises(UsageError, match=message):
             open_rows(DataConfig(train=[path], max_tokens=8), "train", tokenizer, tmp_path, 0)
-    assert len(open_rows(DataConfig(train=[path], max_tokens=11), "train", tokenizer, tmp_path, 0)) == 2
+    assert len(open_rows(DataConfig(train=[path], max_tokens=12), "train", tokenizer, tmp_path, 0)) == 2
     rows = open_rows(DataConfig(train=[path], max_tokens=8, over_length="skip"), "train", tokenizer, tmp_path, 0)
     assert rows.skipped["over length"] == 1
     assert len(rows) == 1

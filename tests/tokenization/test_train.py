@@ -96,7 +96,7 @@ def test_transformers_reads_the_same_tokenizer(tokenizer: HubTokenizer, tmp_path
 
 def test_the_rendering_word_for_word(tokenizer: HubTokenizer) -> None:
     assert tokenizer.render(CHAT[:3], True) == (
-        "<|system|>be kind<|end|><|user|> 以春字作\n😀 hi <|end|><|assistant|> 江海 ok\n<|end|><|assistant|>"
+        "<|end|><|system|>be kind<|end|><|user|> 以春字作\n😀 hi <|end|><|assistant|> 江海 ok\n<|end|><|assistant|>"
     )
     with pytest.raises(DataError, match="no role 'tool'; the roles are system, user, assistant"):
         tokenizer.render([Message("tool", "x")], False)
