@@ -49,7 +49,7 @@ def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def test_by_hand(tokenizer: Tokenizer) -> None:
-    """[1] starts and ends, [4] system, [2] user, [3] assistant: answers and their ends are trained, nothing is behind."""
+    """[1] starts and ends, [4] system, [2] user, [3] assistant: answers and ends are trained, nothing stands behind."""
     rendered = render_conversation(tokenizer, [*CHAT[:3], Message("user", "unanswered")])
     assert shown(tokenizer, rendered.ids) == "[1][4]s[1][2]hi[1][3]yo[1]"
     assert rendered.loss_mask == (False,) * 9 + (True,) * 3
