@@ -24,7 +24,7 @@ class Scorer(nn.Module):
         super().__init__()
         size, strict = model.config.hidden_size, model.strict
         self.model = model
-        self.log_probs = LogProbs(temperature, strict)
+        self.log_probs = LogProbs(temperature)
         self.value_head = Linear(size, 1, False, strict) if value_head else None
         self.class_head = Linear(size, num_classes, False, strict) if num_classes else None
         self.scores_labels = not (value_head or num_classes)
