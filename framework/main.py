@@ -5,6 +5,7 @@ Nothing heavy is imported before a recipe has been accepted, so help and refusal
 
 import dataclasses
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ def run_stage(configs: tuple[RunConfig, ...]) -> "Run":
 
 
 def compose(stage: str, overrides: Sequence[str]) -> tuple[RunConfig, ...]:
-    """Words to frozen configs: one for a stage; for a pipeline the pipeline's own and then one for each of its stages."""
+    """Words to frozen configs: one for a stage; for a pipeline its own and then one for each of its stages."""
     if stage not in STAGES:
         raise UsageError(f"unknown stage '{stage}': {nearest(stage, STAGES)}")
     if stage != "pipeline":
@@ -106,7 +107,7 @@ def _typed(composed: Any) -> RunConfig:
 
 
 def _store_schemas() -> None:
-    """Enter every stage's dataclass as `schema/STAGE`. OmegaConf makes frozen dataclasses read-only, so thaw the copy."""
+    """Enter every stage's dataclass as `schema/STAGE`, thawed: OmegaConf makes frozen dataclasses read-only."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -214,6 +215,8 @@ def _sweep(stage: str, words: list[str]) -> int:
     """`-m`: several runs of a stage, by Hydra's own sweeper or the one named (hydra/sweeper=optuna)."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     if stage == "pipeline":
         raise UsageError("-m sweeps one stage; a pipeline is no stage: sweep sft, ppo, ...")
@@ -233,7 +236,11 @@ def _sweep(stage: str, words: list[str]) -> int:
     if not any(word.startswith("hydra.sweep.dir=") for word in words):
         quiet.append("hydra.sweep.dir=runs/sweep")
     sys.argv = ["framework", *(_as_list(stage, word) for word in words), *quiet]
-    hydra.main(version_base="1.3", config_path=str(recipes_folder()), config_name=stage)(job)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed
+    try:
+        hydra.main(version_base="1.3", config_path=str(recipes_folder()), config_name=stage)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain_refusal(stage, error)) from None
     return 0
 
 

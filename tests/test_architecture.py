@@ -1,4 +1,4 @@
-"""The house guards itself: floors, edges, sizes and circles, read from the imports, lazy and TYPE_CHECKING ones counted."""
+"""The house guards itself: floors, edges, sizes and circles, read from the imports, lazy ones counted."""
 
 import ast
 import re

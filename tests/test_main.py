@@ -1,4 +1,4 @@
-"""The command line as a user types it: help at once, every refusal one line with exit code 2, words to frozen configs."""
+"""The command line as a user types it: help at once, every refusal one line with exit code 2."""
 
 import dataclasses
 import subprocess
@@ -87,7 +87,10 @@ REFUSED = [
     (["sft", *SFT, "model.num_heads=30"], "model.hidden_size=128 is not divisible by model.num_heads=30"),
     (["pretrain", "data.train=[a]"], "pretraining needs exactly one of tokenizer=FOLDER"),
     (["pretrain", "data.train=[a]", "tokenizer=t", "model=huge"], "unknown choice model=huge"),
-    (["ppo", *PPO, "batch.size=7"], "batch.size=7 does not divide rollout.prompts x rollout.samples = 32; choose 1, 2, 4"),
+    (
+        ["ppo", *PPO, "batch.size=7"],
+        "batch.size=7 does not divide rollout.prompts x rollout.samples = 32; choose 1, 2, 4",
+    ),
     (["ppo", *PPO, "cluster.workers=3", "cluster=ray"], "batch.size=32 is not divisible by 3 data ranks"),
     (["ppo", *PPO, "cluster.workers=2"], "cluster.workers=2 needs cluster=ray"),
     (["ppo", *PPO, "rollout.temperature=0"], "rollout.temperature=0.0 must be positive"),

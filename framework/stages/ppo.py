@@ -5,6 +5,7 @@ directly in this process or as Ray actors, and the loop cannot tell. Left out: h
 `cluster`), how a worker computes (`workers`), and every formula (`objectives`).
 """
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from framework.checkpoint.manager import CheckpointManager
 from framework.core import random
+from framework.core.errors import UsageError
 from framework.core.masked import masked_mean, masked_sum
 from framework.core.records import Experience, Rollout
 from framework.core.registry import lookup
@@ -42,6 +44,10 @@ class State:
 
 def run(config: PpoRun) -> Run:
     """Improve the policy of init_from against the reward model of reward_from; export model/ and critic/."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            "ppo is run by one controller, not under torchrun: framework ppo ... cluster=ray cluster.workers=N"
+        )
     with open_job(config, {"init_from": config.init_from, "reward_from": config.reward_from}) as job:
         if job.finished:
             return job.result()

@@ -11,6 +11,7 @@ from framework.core.errors import UsageError
 from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
+from framework.data.formats import recognise
 from framework.data.loader import Loader, RowSource
 from framework.engine.loop import train
 from framework.engine.protocol import Engine
@@ -84,6 +85,8 @@ def open_both(job: Job, config: TrainingRun, open_rows: OpenRows, tokenizer: Tok
             return open_rows(data, part, tokenizer, folder, config.seed, lambda done, _: progress(done))
 
     rows = Rows(opened("train"), opened("valid") if data.valid or data.valid_share else None)
+    for path in data.train:
+        job.say(f"{path}: format {recognise(path) if data.format == 'auto' else data.format}")
     job.say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
     job.say(rows.train.preview())
     for reason, number in rows.train.skipped.items():

@@ -9,7 +9,7 @@ from framework.models.config import Activation, ModelConfig, Norm, Position
 from framework.models.transformer import Transformer
 from framework.planning.memory import num_parameters, state_memory
 
-AXES = itertools.product([True, False], [Activation.SWIGLU, Activation.GELU], [Norm.RMS, Norm.LAYER], [1, 4])
+AXES = list(itertools.product([True, False], [Activation.SWIGLU, Activation.GELU], [Norm.RMS, Norm.LAYER], [1, 4]))
 
 
 @pytest.mark.parametrize(("flag", "activation", "norm", "kv"), AXES)
