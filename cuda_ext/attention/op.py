@@ -22,8 +22,8 @@ def attention(
 ) -> Tensor:
     """See `reference.attention`. q[B,T,N,H], k and v[B,S,K,H] -> [B,T,N,H].
 
-    strict: the same bits for a query whatever else is in the batch, given equal S up to the next multiple of 8 and
-    H >= 8 (below, torch takes another kernel for small products).
+    strict: the same bits for a query whatever else is in the batch, given equal S up to the next multiple of 8 and H a
+    multiple of 8 (else a CPU matmul's bits depend on where a row starts).
     """
     if strict:
         dispatch.announce("attention", dispatch.STRICT)
