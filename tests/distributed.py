@@ -9,7 +9,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def _rank(
             raise SystemExit(1) from None
 
 
-def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
+def _join(ranks: Sequence[BaseProcess], timeout_s: float) -> None:
     """Wait for all; once one has failed, or time is up, the rest is not waited for."""
     end = time.monotonic() + timeout_s
     failed = False

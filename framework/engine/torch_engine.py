@@ -181,8 +181,9 @@ class TorchEngine:
         if skipped:
             self._refuse_non_finite(norm, loss)
         else:
-            if config.clip and norm > config.clip:
-                torch._foreach_mul_(list(gradients.values()), config.clip / norm)
+            scale = config.clip / (norm + 1e-6) if config.clip else 1.0  # as torch's clip_grad_norm_ does
+            if scale < 1:
+                torch._foreach_mul_(list(gradients.values()), scale)
             self.optimizer.step(gradients, lr)
         self._forget_gradients()
         return StepReport(norm, lr, skipped, work)

@@ -1,0 +1,59 @@
+"""Sums and gathers over ranks; and what a rank says that waits in vain."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from framework.core.errors import DeadlineError
+from framework.core.runtime import Runtime, agreed
+from framework.parallel.collectives import Ranks, deadline
+from framework.parallel.mesh import DATA
+from tests.distributed import run_ranks
+
+
+def test_a_process_alone_is_its_own_sum() -> None:
+    ranks, x = Ranks(None), torch.tensor([3, 4])
+    assert (ranks.rank, ranks.size) == (0, 1)
+    assert ranks.sum(x, "x") is x
+    assert ranks.gather(x, "x").tolist() == [[3, 4]]
+
+
+def _sums(runtime: Runtime) -> tuple[object, ...]:
+    ranks = Ranks(init_device_mesh("cpu", (2, 2), mesh_dim_names=DATA))
+    mine = torch.tensor([runtime.rank, 10])
+    total, table = ranks.sum(mine, "x"), ranks.gather(mine, "x")
+    wishes = agreed(runtime.rank == 2), agreed(False)
+    return ranks.rank, ranks.size, total.tolist(), table.tolist(), mine.tolist(), wishes
+
+
+def test_sums_and_gathers_over_both_data_axes() -> None:
+    table = [[0, 10], [1, 10], [2, 10], [3, 10]]
+    expected = [(rank, 4, [6, 40], table, [rank, 10], (True, False)) for rank in range(4)]
+    assert run_ranks(_sums, 4) == expected
+
+
+def _one_stays_away(runtime: Runtime) -> str:
+    ranks = Ranks(init_device_mesh("cpu", (1, 2), mesh_dim_names=DATA))
+    ranks.sum(torch.ones(1), "what all join")
+    if runtime.rank == 1:
+        dist.barrier(async_op=True)  # another collective than the others are in, and then no more
+        return "away"
+    with pytest.raises(DeadlineError) as caught:
+        ranks.sum(torch.ones(1), "what one does not join")
+    return str(caught.value)
+
+
+def test_a_missing_rank_ends_in_an_error_that_names_rank_and_phase() -> None:
+    message, _ = run_ranks(_one_stays_away, 2, deadline_s=1.0)
+    assert message.startswith("rank 0 of 2 waited in vain in the sum of what one does not join: ")
+
+
+def _own_mistake(runtime: Runtime) -> str:
+    with pytest.raises(RuntimeError) as caught, deadline("a product"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    return type(caught.value).__name__
+
+
+def test_our_own_errors_keep_their_shape() -> None:
+    assert run_ranks(_own_mistake, 2) == ["RuntimeError"] * 2
