@@ -39,7 +39,10 @@ def explain() -> str:
 
 
 def announce(op: str, implementation: Implementation) -> None:
-    """Say once in the log of a process which implementation of `op` ran."""
-    if (op, implementation) not in _announced:
+    """Say once in the log of a process which implementation of `op` ran. Silent while torch.compile traces: a log line
+    would cut the graph."""
+    import torch
+
+    if not torch.compiler.is_compiling() and (op, implementation) not in _announced:
         _announced.add((op, implementation))
         _log.info("%s runs as %s", op, implementation)

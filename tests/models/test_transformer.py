@@ -257,3 +257,10 @@ def test_positions_default_to_counting() -> None:
     model, x = drawn(GPT2), tokens(2, 7)
     assert torch.equal(model(x), model(x, positions=positions(2, 7)))
     assert not torch.allclose(model(x), model(x, positions=positions(2, 7) + 1))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_compiles_as_one_graph(strict: bool) -> None:
+    model, x = drawn(strict=strict), tokens(2, 9)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, document_ids=torch.ones_like(x)), model(x), rtol=0, atol=1e-5)
