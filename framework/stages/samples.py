@@ -27,7 +27,8 @@ def run_tasks(job: Job, config: TrainingRun | EvaluateRun, folder: str) -> Figur
         figures |= as_figures(result)
         job.learned(f"{name.replace('_', ' ')} (of {result.n})", result.score)
         for answer in result.answers[:_SHOWN]:
-            record = {"prompt": answer.prompt, "response": answer.response, "score": answer.score}
+            asked = tokenizer.decode(tokenizer.encode(answer.prompt))  # as a person reads it, without the template
+            record = {"prompt": asked, "response": answer.response, "score": answer.score}
             job.folder.sample(0, {"task": name, **record})
         job.facts["example"] = example_prompt(name, config.evaluation) or job.facts.get("example", "")
     return figures

@@ -1,0 +1,169 @@
+"""Wrong data, wrong folders, broken checkpoints, NaN, a full disk, a dying worker: one clear line, right exit code."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import WORDS, command, environment, framework
+
+GOOD = {"instruction": "花落家童未掃，用花字。", "output": "鳥啼山客猶眠。"}
+TINY = ["device=cpu", "threads=1", "tracking.progress=false", "batch.size=2", "train.steps=4", "data.max_tokens=64"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder with all models of the quickstart, tiny."""
+    folder = tmp_path_factory.mktemp("trained")
+    framework("pipeline", *WORDS, f"run.dir={folder / 'run'}", cwd=folder)
+    return folder / "run"
+
+
+def lines(*records: object) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+BAD_DATA = [
+    ("no_such.jsonl", None, "data.train: no such file or folder: no_such.jsonl"),
+    ("a.jsonl", lines(GOOD, GOOD) + '{"instruction": "x", \n', "a.jsonl:3"),
+    ("a.jsonl", lines(GOOD, {"instruction": "x"}), "a.jsonl:2"),
+    ("a.jsonl", lines({"question": "x"}), "no known format has the fields question"),
+    ("a.jsonl", lines(GOOD, {"instruction": "x", "output": 7}), "a.jsonl:2"),
+    ("a.jsonl", "", "the file holds no record"),
+    ("a.json", '[{"instruction": "x", "output": "y"}', "a.json"),
+    ("a.jsonl", lines({"instruction": "x", "output": " "}), "nothing"),
+    ("a.jsonl", lines({"instruction": "長" * 200, "output": "短"}), "max_tokens"),
+    ("a.jsonl", lines(GOOD), "batch.size"),
+    ("a.csv", "x,y\n", "a.csv"),
+    ("a.txt", "plain text\n", "conversations"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "line"), BAD_DATA, ids=[f"{n}: {x}" for n, _, x in BAD_DATA])
+def test_bad_data_is_named_by_file_and_line(
+    tmp_path: Path, trained: Path, name: str, content: str | None, line: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from framework.main import main
+
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert main(["sft", *TINY, f"init_from={trained / 'pretrain/model'}", f"data.train=[{name}]"]) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "runs/sft/model").exists()
+
+
+def test_a_missing_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(GOOD))
+    done = framework("sft", *TINY, "init_from=nowhere", "data.train=a.jsonl", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "framework sft: no such folder: nowhere"
+
+
+def test_a_tokenizer_that_does_not_match_the_model(tmp_path: Path, trained: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained / "pretrain/model", model)
+    framework("tokenizer", "data.train=corpora/tang/train.txt", "tokenizer.vocab_size=4000", cwd=tmp_path)
+    for path in (tmp_path / "runs/tokenizer/model").iterdir():
+        shutil.copy(path, model)
+    (tmp_path / "a.jsonl").write_text(lines(GOOD, GOOD))
+    done = framework("sft", *TINY, f"init_from={model}", "data.train=a.jsonl", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "take the tokenizer that belongs to the model" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def pretrain(folder: Path, trained: Path, *words: str) -> list[str]:
+    tiny = [word.removeprefix("pretrain.") for word in WORDS if word.startswith("pretrain.")]
+    common = [word for word in WORDS if "." not in word.split("=")[0] and not word.startswith("experiment")]
+    tokenizer = f"tokenizer={trained / 'tokenizer/model'}"
+    return ["pretrain", "experiment=quickstart/pretrain", tokenizer, f"run.root={folder}", *common, *tiny, *words]
+
+
+def test_a_nan_stops_the_run_with_one_line(tmp_path: Path, trained: Path) -> None:
+    done = framework(*pretrain(tmp_path, trained, "optim.lr=1e30", "optim.clip=0"), cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "lower optim.lr, or pass over such steps: engine.non_finite=skip" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "pretrain/status.json").read_text())["state"] == "failed"
+
+
+def test_a_flipped_byte_falls_back_to_the_checkpoint_before(tmp_path: Path, trained: Path) -> None:
+    words = pretrain(tmp_path, trained, "checkpoint.keep=4")
+    framework(*words, cwd=tmp_path)
+    before = (tmp_path / "pretrain/model/model.safetensors").read_bytes()
+    (tmp_path / "pretrain/summary.json").unlink()
+    newest = max((tmp_path / "pretrain/checkpoints").glob("step_*"))
+    weights = next(newest.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    done = framework(*words, cwd=tmp_path)
+    assert f"warning: checkpoint {newest.name} is not used" in done.stderr
+    assert (tmp_path / "pretrain/model/model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path: Path, trained: Path) -> None:
+    """A file-size limit of 64 KiB stands in for the disk: no checkpoint of this model fits."""
+    words = " ".join(
+        f"'{word}'" for word in command(*pretrain(tmp_path, trained, f"data.cache={trained / 'prepared'}"))
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 64; exec {words}"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot save step 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "pretrain/checkpoints").glob("*"))
+
+
+def test_a_dying_ray_worker_is_named_and_nothing_hangs(tmp_path: Path, trained: Path) -> None:
+    words = [word.removeprefix("ppo.") for word in WORDS if word.startswith("ppo.") and "cluster" not in word]
+    folders = [f"init_from={trained / 'sft/model'}", f"reward_from={trained / 'reward_model/model'}"]
+    process = subprocess.Popen(
+        command("ppo", "experiment=quickstart/ppo", f"run.root={tmp_path}", *folders, "device=cpu", *words,
+                "ppo.iterations=1000", "tracking.progress=false"),
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "ppo/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.2)
+    victims = ray_workers(tmp_path)
+    assert len(victims) >= 5, "five roles, five workers"
+    os.kill(victims[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1, output
+    assert re.search(r"(actor|critic|reference|reward|generator) rank 0", output), output
+    assert "Traceback" not in output
+    assert not ray_workers(tmp_path), "nothing of Ray is left"
+
+
+def title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def ray_workers(folder: Path) -> list[int]:
+    """Living Ray actors whose driver was started in `folder`."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if title(pid).startswith("ray::") and working_folder(pid) == str(folder)]
+
+
+def working_folder(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""
