@@ -216,7 +216,9 @@ class TorchEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `protocol.Engine`."""
         for name, parameter in self._parameters.items():
-            yield name, full(parameter)
+            with deadline(f"the gathering of {name}"):
+                weight = full(parameter)
+            yield name, weight
 
     def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
         """See `protocol.Engine`."""

@@ -14,7 +14,7 @@ class Shard(Choice):
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`parallel=single|fsdp`; data ranks are what the world leaves after the other axes."""
+    """`parallel=single|fsdp|ddp`; data ranks are what the world leaves after the other axes."""
 
     name: str = "single"
     shard: Shard = Shard.NONE
@@ -23,5 +23,5 @@ class ParallelConfig:
         """Refuse a world that the layout cannot fill."""
         require(
             world_size == 1 or self.name != "single",
-            f"parallel=single runs on one process, the world has {world_size}; choose parallel=fsdp",
+            f"parallel=single runs on one process, the world has {world_size}; choose parallel=fsdp or ddp",
         )

@@ -113,6 +113,8 @@ def everything(runtime: Runtime, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {name: train(runtime, case) for name, case in CASES.items()}
     results["poison"] = poison_one_rank(runtime)
     results["resumed"] = resume_all(runtime, folder)
+    results["reference"] = only_infer(runtime)
+    results["ratios"] = first_ratios(runtime)
     return results
 
 
@@ -129,6 +131,31 @@ def poison_one_rank(runtime: Runtime) -> tuple[bool, bool]:
     engine.forward_backward(share(packed(8), runtime), poisoned)
     skipped = engine.step().skipped
     return skipped, all(torch.equal(before[name], weight) for name, weight in weights(engine).items())
+
+
+def only_infer(runtime: Runtime) -> Scores:
+    """A reference model: no optimizer, no gradients."""
+    engine = build(
+        runtime, FSDP if runtime.world_size > 1 else SINGLE, EngineConfig(precision=Precision.FP64), optim=None
+    )
+    return engine.infer(share(packed(8, 50), runtime))
+
+
+def first_ratios(runtime: Runtime) -> Tensor:
+    """exp(log_probs - old_log_probs) of this rank's responses at the first update, rows in reversed order, in fp32."""
+    engine = build(runtime, FSDP if runtime.world_size > 1 else SINGLE)
+    rows, ratios = share(rollout(8), runtime), [torch.ones(1)]
+    old = engine.infer(rows).log_probs.flip(0)
+
+    def watching(scores: Scores, part: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
+        mask, done = part.inputs().loss_mask, len(ratios) - 1
+        before = old[2 * done : 2 * done + len(part)]
+        if len(before):  # not the filler of a rank without rows
+            ratios.append((scores.log_probs.detach() - before)[mask].exp())
+        return language_loss(scores, part, counts)
+
+    engine.forward_backward(rows.select(torch.arange(len(rows)).flip(0)), watching)
+    return torch.cat(ratios)
 
 
 def resume_all(runtime: Runtime, folder: Path) -> dict[int, dict[str, Tensor]]:
@@ -256,6 +283,19 @@ def test_no_rank_holds_the_whole_model(results: Any, world: int) -> None:
     total = sum(count for _, _, count in results[1][0]["pretrain"].boxes)
     for r in results[world]:
         assert sum(count for _, _, count in r["pretrain"].boxes) < 1.3 * total / world
+
+
+@WORLDS
+def test_a_sharded_engine_without_optimizer_infers(results: Any, world: int) -> None:
+    every = torch.cat([r["reference"].log_probs for r in results[world]])
+    torch.testing.assert_close(every, results[1][0]["reference"].log_probs, rtol=1e-10, atol=1e-12)
+
+
+@WORLDS
+def test_the_first_ratio_is_one_on_every_rank(results: Any, world: int) -> None:
+    """Law On-policy."""
+    assert all(bool((r["ratios"] == 1.0).all()) for r in results[world])
+    assert sum(len(r["ratios"]) - 1 for r in results[world]) == int(rollout(8).response_mask.sum())
 
 
 @WORLDS

@@ -136,7 +136,8 @@ def test_a_killed_run_forgets_what_no_checkpoint_holds(tmp_path: Path) -> None:
     _, plain, journal = go(tmp_path / "plain")
 
     def killed(scores: Scores, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
-        if calls.append(None) or len(calls) > 12:  # step 0 validates in 3 passes, a step takes 2, step 3 validates
+        calls.append(None)
+        if len(calls) > 12:  # step 0 validates in 3 passes, a step takes 2, step 3 validates
             raise MemoryError("in step 4")
         return language_loss(scores, rows, counts)
 

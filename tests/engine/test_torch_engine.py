@@ -308,6 +308,21 @@ def test_values_and_classes_learn() -> None:
     assert last < first
 
 
+@pytest.mark.nightly  # over a minute of compiling on a CPU
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_compiled_blocks_compute_the_same(precision: Precision) -> None:
+    compiled = build(config=EngineConfig(precision=precision, compile=True))
+    eager = build(config=EngineConfig(precision=precision))
+    tolerance = 1e-4 if precision is Precision.FP32 else 1e-1
+    for step in range(2):
+        losses = [means(e.forward_backward(packed(3, step), language_loss))["loss"] for e in (compiled, eager)]
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+        assert deviation(gradients(compiled), gradients(eager)) < tolerance
+        compiled.step()
+        eager.step()
+    assert set(weights(compiled)) == set(weights(eager))
+
+
 def test_an_engine_without_optimizer_only_infers() -> None:
     engine = build(optim=None)
     assert engine.infer(padded(3)).log_probs.shape == (3, 16)

@@ -22,7 +22,9 @@ def test_one_process_needs_no_mesh(config: ParallelConfig) -> None:
 
 
 def test_single_refuses_a_larger_world_by_name() -> None:
-    with pytest.raises(UsageError, match=r"parallel=single runs on one process, the world has 4; choose parallel=fsdp"):
+    with pytest.raises(
+        UsageError, match=r"parallel=single runs on one process, the world has 4; choose parallel=fsdp or ddp"
+    ):
         build_mesh(ParallelConfig(), Runtime(rank=1, world_size=4))
 
 
