@@ -13,7 +13,7 @@ from typing import Any
 from framework.core.config import find_file
 from framework.core.errors import Interrupted, UsageError
 from framework.core.runtime import Runtime, StopRequest, start
-from framework.stages.config import NOT_IN_HASH, RunConfig
+from framework.stages.config import NOT_IN_HASH, RunConfig, TrainingRun
 from framework.stages.plan import plain
 from framework.tracking.folder import RunFolder
 from framework.tracking.identity import LENGTHS
@@ -78,6 +78,8 @@ def open_job(
     """
     load_extensions(config.extensions)
     place = start(config.device, config.threads, config.deterministic)
+    if isinstance(config, TrainingRun):
+        config.parallel.check_world(place.world_size)
     digests = {role: folder_digest(path) for role, path in (parents or {}).items() if path}
     whole = plain(config) | dict(recipe or {})
     members = whole.get("members", {})
