@@ -15,7 +15,7 @@ from torch import Tensor
 
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.manager import CheckpointManager
-from framework.core.records import Counts, Metrics, Rows, Scores, whole
+from framework.core.records import Counts, Metrics, Rollout, Rows, Scores, whole
 from framework.core.runtime import Runtime
 from framework.engine.config import EngineConfig, NonFinite, Precision
 from framework.engine.metrics import means
@@ -114,6 +114,7 @@ def everything(runtime: Runtime, folder: Path) -> dict[str, Any]:
     results["poison"] = poison_one_rank(runtime)
     results["resumed"] = resume_all(runtime, folder)
     results["reference"] = only_infer(runtime)
+    results["dtype"] = dtype_of_records(runtime)
     results["ratios"] = first_ratios(runtime)
     return results
 
@@ -134,11 +135,28 @@ def poison_one_rank(runtime: Runtime) -> tuple[bool, bool]:
 
 
 def only_infer(runtime: Runtime) -> Scores:
-    """A reference model: no optimizer, no gradients."""
-    engine = build(
-        runtime, FSDP if runtime.world_size > 1 else SINGLE, EngineConfig(precision=Precision.FP64), optim=None
-    )
+    """A reference model, no optimizer and no gradients, after it was given other weights: none of the old are left."""
+    parallel = FSDP if runtime.world_size > 1 else SINGLE
+    engine = build(runtime, parallel, EngineConfig(precision=Precision.FP64), optim=None)
+    engine.infer(share(packed(8, 50), runtime))
+    engine.load_weights(random_weights(TIED, seed=8))
     return engine.infer(share(packed(8, 50), runtime))
+
+
+def dtype_of_records(runtime: Runtime) -> torch.dtype:
+    """Of a record's numbers inside the Scorer's forward, in bf16."""
+    parallel = FSDP if runtime.world_size > 1 else SINGLE
+    engine = build(runtime, parallel, EngineConfig(precision=Precision.BF16))
+    seen: list[torch.dtype] = []
+
+    def watching(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
+        assert isinstance(rows, Rollout)
+        seen.append(rows.log_probs.dtype)
+        return log_probs.sum() / counts.tokens, {}
+
+    watching.pointwise = True  # type: ignore[attr-defined]
+    engine.forward_backward(rollout(2), watching)  # type: ignore[arg-type]
+    return seen[0]
 
 
 def first_ratios(runtime: Runtime) -> Tensor:
@@ -289,6 +307,12 @@ def test_no_rank_holds_the_whole_model(results: Any, world: int) -> None:
 def test_a_sharded_engine_without_optimizer_infers(results: Any, world: int) -> None:
     every = torch.cat([r["reference"].log_probs for r in results[world]])
     torch.testing.assert_close(every, results[1][0]["reference"].log_probs, rtol=1e-10, atol=1e-12)
+
+
+@WORLDS
+def test_records_are_never_cast(results: Any, world: int) -> None:
+    """Advantages in bf16 would be a silent loss."""
+    assert {r["dtype"] for r in [*results[1], *results[world]]} == {torch.float32}
 
 
 @WORLDS

@@ -170,6 +170,16 @@ def test_the_first_ratio_is_one_bit_for_bit(strict: bool, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_every_forward_has_one_shape() -> None:
+    engine = build(micro_size=2)
+    shapes = []
+    engine.scorer.model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    engine.forward_backward(packed(5), language_loss)
+    engine.measure(packed(1), language_loss)
+    engine.infer(packed(3))
+    assert shapes == [(2, 16)] * 6
+
+
 def test_a_pointwise_loss_runs_inside_the_scorer_with_equal_results() -> None:
     def pointwise(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
         assert entropy is not None
