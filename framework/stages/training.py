@@ -1,8 +1,9 @@
 """What pretrain, sft and reward_model share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from framework.tokenization.load import load as load_tokenizer
 from framework.tracking.progress import Progress
 
 Figures = dict[str, float]
+Describe = Callable[[Figures], dict[str, Any]]
 Loss = Callable[..., tuple[Tensor, Metrics]]  # an engine's loss_fn, pointwise or not
 OpenRows = Callable[[DataConfig, str, Tokenizer, Path, int, Callable[[int, int], None] | None], RowSource]
 
@@ -99,8 +101,17 @@ def open_both(job: Job, config: TrainingRun, open_rows: OpenRows, tokenizer: Tok
     return rows
 
 
-def fit(job: Job, config: TrainingRun, start: Start, rows: Rows, loss_fn: Loss, num_classes: int = 0) -> Figures:
-    """Train, export model/, and return the validation figures: after, and `.../before` at step 0."""
+def fit(
+    job: Job,
+    config: TrainingRun,
+    start: Start,
+    rows: Rows,
+    loss_fn: Loss,
+    num_classes: int = 0,
+    describe: Describe = lambda figures: {},
+) -> Figures:
+    """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
+    goes into the model's config.json."""
     total = config.train.total_steps(len(rows.train), config.batch.size)
     data_size = job.runtime.world_size
     engine = build_engine(
@@ -137,17 +148,20 @@ def fit(job: Job, config: TrainingRun, start: Start, rows: Rows, loss_fn: Loss, 
             profile=config.folder / "profile" if config.train.profile else None,
             peak_flops=peak and peak * place.world_size,
         )
-    export(engine, start, config.folder / "model", job.runtime.is_main, num_classes)
+    extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
+    extra |= describe(outcome.figures)
+    export(engine, start, config.folder / "model", job.runtime.is_main, num_classes, extra)
     return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
 
 
-def export(engine: Engine, start: Start, folder: Path, is_main: bool, num_classes: int = 0) -> None:
+def export(
+    engine: Engine, start: Start, folder: Path, is_main: bool, num_classes: int, extra: Mapping[str, Any]
+) -> None:
     """Write the Hugging Face folder. Gathering is collective; only the main rank writes."""
     weights = engine.weights()
     if not is_main:
         for _ in weights:
             pass
         return
-    extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
     start.tokenizer.save(str(folder))

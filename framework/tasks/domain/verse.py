@@ -70,6 +70,7 @@ def keeps_form(request: Request, text: str) -> bool:
 
 
 def has(request: Request, text: str) -> bool:
+    """Whether the character asked for is in `text`."""
     return request.keyword in text
 
 
