@@ -9,5 +9,9 @@ _SHIPPED = [str(p.relative_to("recipes")) for p in Path("recipes").rglob("*") if
 setup(
     packages=[*find_packages(include=["framework*", "cuda_ext*"]), "framework.recipes"],
     package_dir={"framework.recipes": "recipes"},
-    package_data={"framework.recipes": _SHIPPED, "cuda_ext": ["*/README.md"], "framework.tracking": ["*.html", "*.css"]},
+    package_data={
+        "framework.recipes": _SHIPPED,
+        "cuda_ext": ["*/README.md"],
+        "framework.tracking": ["*.html", "*.css"],
+    },
 )

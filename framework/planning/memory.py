@@ -1,6 +1,6 @@
 """How many bytes a model's states take on one rank. Activations, buffers of the allocator and collectives are left out.
 
-The arithmetic of ZeRO (Rajbhandari et al. 2020, section 3.1): per parameter a weight, a gradient and AdamW's two moments;
+The arithmetic of ZeRO (Rajbhandari et al. 2020, section 3.1): a parameter is a weight, a gradient, two AdamW moments;
 mixed precision adds an fp32 master copy of the weight.
 """
 
@@ -11,7 +11,7 @@ from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Po
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes on one rank. Example: 1,000 fp32 parameters on one rank: weights 4,000, gradients 4,000, optimizer 8,000."""
+    """Bytes on one rank. Example: 1,000 fp32 parameters: weights 4,000, gradients 4,000, optimizer 8,000."""
 
     weights: int
     gradients: int
