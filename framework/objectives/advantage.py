@@ -10,9 +10,9 @@ both [B, T] and zero outside the response; it leaves whitening to the caller.
 from collections.abc import Callable
 
 import torch
-from cuda_ext.gae.op import gae as gae_op
 from torch import Tensor
 
+from cuda_ext.gae.op import gae as gae_op
 from framework.core.errors import UsageError, nearest
 from framework.core.masked import counting, masked_mean, masked_variance
 from framework.core.registry import register
