@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FrameworkError as error:
         print(f"framework {words[0]}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has left: `framework status RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"framework {words[0]}: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,65 @@
+"""The tools as a user types them: generate, chat, status, report, doctor."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_bad_input import pretrain
+from tests.tiny import command, environment, framework
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer's and a pretraining run."""
+    folder = tmp_path_factory.mktemp("tools")
+    framework("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
+    framework(*pretrain(folder, folder), cwd=folder)
+    return folder
+
+
+def test_generate_answers_each_prompt_and_repeats_with_its_seed(root: Path) -> None:
+    words = ("generate", str(root / "pretrain"), "春風", "--raw", "--samples", "2", "--max-tokens", "8", "--seed", "3")
+    first, second = (framework(*words, cwd=root).stdout for _ in range(2))
+    assert first == second
+    assert all(line.startswith("春風") for line in first.splitlines()[:1])
+
+
+def test_chat_answers_until_the_end_of_input(root: Path) -> None:
+    done = subprocess.run(
+        command("chat", str(root / "pretrain"), "--max-tokens", "4"),
+        input="你好\n\n再見\n", cwd=root, env=environment(), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 4
+
+
+def test_status_and_report_read_what_lies_there(root: Path) -> None:
+    told = framework("status", str(root), cwd=root).stdout
+    assert "pretrain: finished, step 8 of 8 (100%)" in told
+    page = framework("report", str(root), cwd=root).stdout.strip()
+    assert "pretrain" in Path(page).read_text()
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(root: Path) -> None:
+    told = framework("doctor", cwd=root).stdout
+    for word in ("torch", "device", "gloo", "rms_norm: reference"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["generate", "nowhere", "x"], "nowhere holds no model"),
+        (["chat"], "the following arguments are required: model"),
+        (["generate", "x", "--temprature", "1"], "unrecognized arguments"),
+        (["status"], "status takes a run folder"),
+        (["status", "nowhere"], "nowhere is not a run folder"),
+        (["report", "nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_wrong_words_get_one_line_and_exit_2(tmp_path: Path, words: list[str], line: str) -> None:
+    done = framework(*words, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
