@@ -43,28 +43,18 @@ def test_the_reward_model_reads_more_than_style(figures: dict[str, Any]) -> None
     assert figures["reward_model/baseline/length_and_bigram_accuracy"] <= 0.60
 
 
-def gain_in_deviations(figures: dict[str, Any]) -> float:
-    """By how many deviations of the SFT policy's scores PPO raised the mean score on the same held-out prompts."""
+def test_ppo_raises_the_score_by_a_deviation_within_its_budget_of_kl(figures: dict[str, Any]) -> None:
+    """Deviations of the SFT policy's scores, on the same held-out prompts."""
     gain = figures["ppo/valid/score"] - figures["ppo/valid/score/before"]
-    return float(gain / figures["ppo/valid/score_std/before"])
-
-
-def test_ppo_raises_the_score_within_its_budget_of_kl(figures: dict[str, Any]) -> None:
-    assert gain_in_deviations(figures) >= 0.5, "a guard set below the 0.69 measured; the aim is 1.0, see below"
+    assert gain >= figures["ppo/valid/score_std/before"]
     assert figures["ppo/valid/finished"] >= 0.9
     assert figures["ppo/valid/kl"] <= 10.0
-
-
-@pytest.mark.xfail(reason="0.69 is reached; see docs/quickstart.md, what it does not reach", strict=True)
-def test_ppo_raises_the_score_by_a_whole_deviation(figures: dict[str, Any]) -> None:
-    assert gain_in_deviations(figures) >= 1.0
 
 
 def test_ppo_costs_no_variety(figures: dict[str, Any]) -> None:
     assert not_lower(figures, "distinct_2")
 
 
-@pytest.mark.xfail(reason="tones fall; see docs/quickstart.md, what it does not reach", strict=True)
 def test_ppo_does_not_cost_the_rule_that_no_pair_broke(figures: dict[str, Any]) -> None:
     assert not_lower(figures, "tone_pattern")
 

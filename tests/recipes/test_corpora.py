@@ -31,8 +31,13 @@ def records(name: str, part: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (TANG / f"{name}.{part}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def keyword(prompt: str) -> str:
+def asked(prompt: str) -> str:
+    """The character to end on."""
     return prompt[-3]
+
+
+def rhyme(answer: str) -> str:
+    return answer[-2]
 
 
 def size(prompt: str) -> int:
@@ -68,32 +73,56 @@ def test_the_folder_is_small_and_names_its_licence() -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_sft_answers_are_the_poets_own_and_do_as_asked(part: str) -> None:
-    couplets = {couplet for poem in poems(part) for couplet in re.findall(r"[^，]+，[^。]+。", poem)}
+def test_sft_answers_are_the_poets_own(part: str) -> None:
+    couplets = {couplet for poem in poems(part) for couplet in re.findall(r"[^，。]+，[^，。]+。", poem)}
     for record in records("sft", part):
         prompt, answer = record["instruction"], record["output"]
         assert f"{prompt[: size(prompt)]}，{answer}" in couplets
-        assert keyword(prompt) in answer
+        assert asked(prompt) not in prompt[: size(prompt)]
+
+
+@pytest.mark.parametrize(("part", "heeding"), [("train", 0.6), ("valid", 1.0), ("test", 1.0)])
+def test_the_readme_says_how_many_demonstrations_heed_the_request(part: str, heeding: float) -> None:
+    shown = records("sft", part)
+    assert sum(asked(r["instruction"]) == rhyme(r["output"]) for r in shown) == heeding * len(shown)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_chosen_answers_do_as_asked_and_rejected_ones_do_not(part: str) -> None:
     for record in records("preference", part):
-        asked, form = keyword(record["prompt"]), size(record["prompt"]) + 1
-        assert asked in record["chosen"]
+        wanted, form = asked(record["prompt"]), size(record["prompt"]) + 1
+        assert rhyme(record["chosen"]) == wanted
         assert len(record["chosen"]) == form
-        assert asked not in record["rejected"] or len(record["rejected"]) != form
+        assert rhyme(record["rejected"]) != wanted or len(record["rejected"]) != form
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_answers_tell_nothing_by_themselves(part: str) -> None:
+def test_six_pairs_of_eight_mirror_another(part: str) -> None:
+    """Where two answers change places under two prompts, neither tells by itself whether it is chosen."""
     pairs = records("preference", part)
-    same_length = [r for r in pairs if len(r["chosen"]) == len(r["rejected"])]
-    assert Counter(r["chosen"] for r in same_length) == Counter(r["rejected"] for r in same_length)
-    assert 0.6 < len(same_length) / len(pairs) < 0.7
+    answers = Counter((r["chosen"], r["rejected"]) for r in pairs)
+    mirrored = sum(answers[r["rejected"], r["chosen"]] > 0 for r in pairs)
+    assert mirrored / len(pairs) == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_longer_and_shorter_answers_are_rejected_equally_often(part: str) -> None:
+    pairs = records("preference", part)
     longer = sum(len(r["chosen"]) > len(r["rejected"]) for r in pairs)
     shorter = sum(len(r["chosen"]) < len(r["rejected"]) for r in pairs)
     assert abs(longer - shorter) <= 0.01 * len(pairs)
+    assert 0.1 < (longer + shorter) / len(pairs) < 0.15
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_tones_are_never_the_point(part: str) -> None:
+    """Where one line has two endings they are of one tone class."""
+    table = json.loads((TANG / "tones.json").read_text(encoding="utf-8"))
+    changed = [r for r in records("preference", part) if r["chosen"][:-2] == r["rejected"][:-2]]
+    assert len(changed) > 0.3 * len(records("preference", part))
+    for record in changed:
+        both = {rhyme(record["chosen"]), rhyme(record["rejected"])}
+        assert any(both <= set(group) for group in table.values())
 
 
 def test_length_and_bigrams_do_not_tell_chosen_from_rejected() -> None:

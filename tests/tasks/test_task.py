@@ -37,7 +37,7 @@ def test_a_registered_task_is_found_and_an_unknown_one_is_answered_with_the_near
 def test_every_task_answers_to_its_own_name() -> None:
     get("verse_form")
     ours = [name for name in names("task") if not name.startswith("tests_")]
-    assert ours == ["keyword_couplet", "tone_pattern", "verse_form"]
+    assert ours == ["assigned_rhyme", "tone_pattern", "verse_form"]
     assert [get(name).name for name in ours] == ours
 
 

@@ -1,7 +1,7 @@
-"""Regular Chinese verse, judged by its own rules: the form, a character that was asked for, and the tones.
+"""Regular Chinese verse, judged by its own rules: the form, the character that a line must end on, and the tones.
 
-The corpus is recipes/corpora/tang; its README says how its prompts are made. Rhyme is left out: it needs a table of
-the sounds of Tang times, the tones only a classification that comes with the corpus.
+The corpus is recipes/corpora/tang; its README says how its prompts are made. Whether two characters rhyme is left out:
+it needs a table of the sounds of Tang times, the tones only a classification that comes with the corpus.
 """
 
 import functools
@@ -17,20 +17,20 @@ from framework.tasks.task import Task, corpus_folder
 
 FREE_SAMPLES = 256
 _COUPLET = re.compile(r"(\w{5}，\w{5}。|\w{7}，\w{7}。)")
-_PROMPT = re.compile(r"(?P<line>\w+)，用(?P<keyword>\w)字。")
+_PROMPT = re.compile(r"(?P<line>\w+)，得(?P<rhyme>\w)字。")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A couplet to complete. Example: Request("白日依山盡", "海", "黃河入海流。") is asked as 白日依山盡，用海字。"""
+    """A couplet to complete. Example: Request("白日依山盡", "流", "黃河入海流。") is asked as 白日依山盡，得流字。"""
 
     line: str
-    keyword: str
-    answer: str
+    rhyme: str  # the character to end on
+    answer: str  # as the poet went on
 
     @property
     def prompt(self) -> str:
-        return f"{self.line}，用{self.keyword}字。"
+        return f"{self.line}，得{self.rhyme}字。"
 
 
 @register("task", "verse_form")
@@ -45,10 +45,10 @@ def verse_form() -> Task[None]:
     )
 
 
-@register("task", "keyword_couplet")
-def keyword_couplet() -> Task[Request]:
-    """The share of couplets completed in the form of their first line and with the character asked for."""
-    return _completion("keyword_couplet", lambda request, text: float(keeps_form(request, text) and has(request, text)))
+@register("task", "assigned_rhyme")
+def assigned_rhyme() -> Task[Request]:
+    """The share of couplets completed in the form of their first line and on the character that was assigned."""
+    return _completion("assigned_rhyme", lambda request, text: float(heeds(request, text)))
 
 
 @register("task", "tone_pattern")
@@ -69,9 +69,9 @@ def keeps_form(request: Request, text: str) -> bool:
     return re.fullmatch(rf"\w{{{len(request.line)}}}。", text) is not None
 
 
-def has(request: Request, text: str) -> bool:
-    """Whether the character asked for is in `text`."""
-    return request.keyword in text
+def heeds(request: Request, text: str) -> bool:
+    """Whether `text` has the form of the first line and ends on the character asked for."""
+    return keeps_form(request, text) and text.endswith(f"{request.rhyme}。")
 
 
 def keeps_tones(text: str) -> bool:
@@ -110,7 +110,7 @@ def _completion(name: str, score: Callable[[Request, str], float]) -> Task[Reque
 
 @functools.cache
 def requests(part: str) -> Sequence[Request]:
-    """The couplets that a part's SFT examples ask for, with the poets' own second lines."""
+    """What a part's SFT examples ask for, with the poets' own second lines; in train some end otherwise."""
     path = corpus_folder("tang") / f"sft.{part}.jsonl"
     if not path.exists():
         raise DataError(f"there is no part '{part}'; choose train, valid or test", str(path))
@@ -121,4 +121,4 @@ def requests(part: str) -> Sequence[Request]:
 def _request(prompt: str, answer: str) -> Request:
     match = _PROMPT.fullmatch(prompt)
     assert match, prompt
-    return Request(match["line"], match["keyword"], answer)
+    return Request(match["line"], match["rhyme"], answer)

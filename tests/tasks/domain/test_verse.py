@@ -7,7 +7,7 @@ from framework.core.records import Message
 from framework.tasks.domain.verse import Request, is_regular, keeps_form, keeps_tones, requests
 from framework.tasks.task import corpus_folder, get
 
-LINE = Request("白日依山盡", "海", "黃河入海流。")
+LINE = Request("白日依山盡", "流", "黃河入海流。")
 
 
 @pytest.mark.parametrize(
@@ -34,19 +34,20 @@ def test_regular_verse(text: str, regular: bool) -> None:
     ("text", "score"),
     [
         ("黃河入海流。", 1.0),
-        ("海上生明月。", 1.0),
-        ("黃河入東流。", 0.0),
+        ("江入大荒流。", 1.0),
+        ("海上生明月。", 0.0),
+        ("流水入東海。", 0.0),
         ("黃河入海流", 0.0),
-        ("海海海海。", 0.0),
-        ("滄海月明珠有淚。", 0.0),
+        ("流流流。", 0.0),
+        ("黃河之水天上流。", 0.0),
     ],
 )
 def test_a_completion_needs_form_and_character(text: str, score: float) -> None:
-    assert get("keyword_couplet").judge(LINE, text) == score
+    assert get("assigned_rhyme").judge(LINE, text) == score
 
 
 def test_the_form_is_that_of_the_first_line() -> None:
-    assert keeps_form(Request("朝辭白帝彩雲間", "江", ""), "千里江陵一日還。")
+    assert keeps_form(Request("朝辭白帝彩雲間", "還", ""), "千里江陵一日還。")
     assert not keeps_form(LINE, "千里江陵一日還。")
 
 
@@ -68,7 +69,7 @@ def test_tones(line: str, kept: bool) -> None:
 
 
 def test_poets_answers_pass_their_own_task() -> None:
-    couplet, tones = get("keyword_couplet"), get("tone_pattern")
+    couplet, tones = get("assigned_rhyme"), get("tone_pattern")
     examples = couplet.examples("valid")
     assert all(couplet.judge(example, example.answer) == 1.0 for example in examples)
     assert sum(tones.judge(example, example.answer) for example in examples) / len(examples) > 0.85
@@ -76,7 +77,7 @@ def test_poets_answers_pass_their_own_task() -> None:
 
 def test_prompts_are_those_of_the_corpus() -> None:
     first = requests("train")[0]
-    assert get("keyword_couplet").prompt(first) == (Message("user", first.prompt),)
+    assert get("assigned_rhyme").prompt(first) == (Message("user", first.prompt),)
     assert f'"instruction": "{first.prompt}"' in (corpus_folder("tang") / "sft.train.jsonl").read_text().splitlines()[0]
     assert get("verse_form").prompt(None) == ()
 
