@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from framework.core.config import flatten, recipes_folder
 from framework.core.errors import FrameworkError, UsageError, nearest
 from framework.stages.config import STAGES, PipelineRun, RunConfig
+from framework.stages.peers import ours_for
 
 if TYPE_CHECKING:
     from framework.stages.job import Run
@@ -91,7 +92,7 @@ def _compose_one(stage: str, overrides: Sequence[str]) -> RunConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    _refuse_additions(stage, overrides)
+    _refuse_strangers(stage, overrides)
     _store_schemas()
     words = [_as_list(stage, word) for word in overrides]
     try:
@@ -185,16 +186,20 @@ _KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or 
 
 def _unknown_key(stage: str, key: str) -> str:
     known = _defaults(stage)
+    if ours := ours_for(key, {*known, *_groups()}):
+        return f"unknown key '{key}': it is called {ours} here. `framework {stage} --help` lists the keys"
     sections = {name.partition(".")[0] for name in known}
     hint = nearest(key, sections if "." not in key else known).split(" Choose")[0]
     return f"unknown key '{key}': {hint} `framework {stage} --help` lists them"
 
 
-def _refuse_additions(stage: str, words: Sequence[str]) -> None:
-    """`+key=value` would add to a recipe; every key is already there, so an addition is a misspelling."""
+def _refuse_strangers(stage: str, words: Sequence[str]) -> None:
+    """What Hydra would take, or refuse without naming ours: `+key=value` (every key is there already, so an addition is
+    a misspelling), and other frameworks' words, `--learning_rate` among them."""
+    known = {*_defaults(stage), *_groups()}
     for word in words:
-        key = re.split(r"[@=]", word.lstrip("+~"))[0]
-        if word.startswith("+") and key not in _defaults(stage) and key not in _groups():
+        key = re.split(r"[@=]", word.lstrip("+~-"))[0]
+        if key not in known and (word.startswith("+") or ours_for(key, known)):
             raise UsageError(_unknown_key(stage, key))
 
 
@@ -234,6 +239,7 @@ def _sweep(stage: str, words: list[str]) -> int:
             raise SystemExit(error.exit_code) from None
         return finished.figure(config.objective) if config.objective else None
 
+    _refuse_strangers(stage, words)
     _store_schemas()
     quiet = ["hydra.output_subdir=null", "hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     if not any(word.startswith("hydra.sweep.dir=") for word in words):
@@ -277,7 +283,10 @@ def _compose_member(pipeline: PipelineRun, member: str, forwarded: list[str]) ->
         elif key in fields and key != "run":
             words.append(word)
         elif not any(key in {f.name for f in dataclasses.fields(STAGES[m])} for m in members):
-            raise UsageError(f"unknown key '{key}': {nearest(key, members | fields)}")
+            keys = {name for member in members for name in _defaults(member)}
+            ours = ours_for(key, keys)
+            hint = f"it is called {ours} here" if ours else nearest(key, members | fields)
+            raise UsageError(f"unknown key '{key}': {hint}")
     return _compose_one(stage, words)
 
 
