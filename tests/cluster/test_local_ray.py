@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -98,14 +99,20 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process holds open; less what it closes while we look, nothing where it has ended."""
+    targets = []
+    with suppress(FileNotFoundError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                targets.append(os.readlink(entry))
+    return targets
+
+
 def listening_addresses(pids: list[int]) -> set[str]:
     """Hexadecimal IPv4 and IPv6 addresses on which any of `pids` waits for connections."""
-    inodes = set()
-    for pid in pids:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(entry)
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
+    targets = [target for pid in pids for target in open_files(pid)]
+    inodes = {target[8:-1] for target in targets if target.startswith("socket:[")}
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
