@@ -20,6 +20,7 @@ SCRIPT = """
 import signal, sys
 from framework.cluster.local_ray import local_ray
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 signal.signal(signal.SIGTERM, lambda *_: None)
 ours = signal.getsignal(signal.SIGTERM)
 with local_ray(cpus=2):
