@@ -56,6 +56,7 @@ def test_ppo_costs_no_variety(figures: dict[str, Any]) -> None:
 
 
 def test_ppo_does_not_cost_the_rule_that_no_pair_broke(figures: dict[str, Any]) -> None:
+    """With the recipe's own seed on this kind of processor; docs/quickstart.md says what other seeds lose."""
     assert not_lower(figures, "tone_pattern")
 
 
