@@ -187,7 +187,7 @@ _KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or 
 def _unknown_key(stage: str, key: str) -> str:
     known = _defaults(stage)
     if ours := ours_for(key, {*known, *_groups()}):
-        return f"unknown key '{key}': it is called {ours} here. `framework {stage} --help` lists the keys"
+        return f"unknown key '{key}': it is set by {ours} here. `framework {stage} --help` lists the keys"
     sections = {name.partition(".")[0] for name in known}
     hint = nearest(key, sections if "." not in key else known).split(" Choose")[0]
     return f"unknown key '{key}': {hint} `framework {stage} --help` lists them"
@@ -285,7 +285,7 @@ def _compose_member(pipeline: PipelineRun, member: str, forwarded: list[str]) ->
         elif not any(key in {f.name for f in dataclasses.fields(STAGES[m])} for m in members):
             keys = {name for member in members for name in _defaults(member)}
             ours = ours_for(key, keys)
-            hint = f"it is called {ours} here" if ours else nearest(key, members | fields)
+            hint = f"it is set by {ours} here" if ours else nearest(key, members | fields)
             raise UsageError(f"unknown key '{key}': {hint}")
     return _compose_one(stage, words)
 

@@ -41,11 +41,11 @@ def test_the_answer_depends_on_the_stage(stage: str, word: str, ours: str) -> No
 def test_however_it_is_typed_the_line_names_ours(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", *words]) == 2
     error = capsys.readouterr().err
-    assert "unknown key 'learning_rate': it is called optim.lr here" in error
+    assert "unknown key 'learning_rate': it is set by optim.lr here" in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("word", ["sft.learning_rate=1", "learning_rate=1"])
 def test_in_a_pipeline_too(word: str) -> None:
-    with pytest.raises(UsageError, match=r"'learning_rate': it is called optim\.lr here"):
+    with pytest.raises(UsageError, match=r"'learning_rate': it is set by optim\.lr here"):
         compose("pipeline", ["experiment=quickstart", word])
