@@ -25,10 +25,12 @@ TOOLS = {
     "explain": ("plan", "STAGE WORDS...: the resolved recipe, the batch arithmetic, the memory; starts nothing"),
     "generate": ("serve", "MODEL [PROMPT...]: sample from a finished model"),
     "chat": ("serve", "MODEL: talk to a finished model"),
+    "data": ("data", "check|prepare|stats ...: look at data, count it, prepare it ahead"),
     "status": ("watch", "RUN: where a run stands"),
     "report": ("watch", "RUN: write report.html again from what lies in the run folder"),
     "doctor": ("doctor", "what this installation can do, and what is missing"),
 }
+_COMPOSING = ("explain", "data")  # tools that take the words of a stage
 _SWEEP_WORDS = ("-m", "--multirun")
 
 
@@ -303,7 +305,8 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def _run_tool(name: str, words: list[str]) -> int:
     module = importlib.import_module(f"framework.stages.{TOOLS[name][0]}")
-    status: int = module.explain(words, compose) if name == "explain" else getattr(module, name)(words)
+    given = (words, compose) if name in _COMPOSING else (words,)
+    status: int = getattr(module, name)(*given)
     return status
 
 

@@ -30,7 +30,7 @@ def lines(*records: object) -> str:
 
 
 BAD_DATA = [
-    ("no_such.jsonl", None, "data.train: no such file or folder: no_such.jsonl"),
+    ("no_such.jsonl", None, "data.train: no_such.jsonl: no such file or folder"),
     ("a.jsonl", lines(GOOD, GOOD) + '{"instruction": "x", \n', "a.jsonl:3"),
     ("a.jsonl", lines(GOOD, {"instruction": "x"}), "a.jsonl:2"),
     ("a.jsonl", lines({"question": "x"}), "no known format has the fields question"),

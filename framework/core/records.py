@@ -220,10 +220,14 @@ def _shift_left(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. Example: Message("user", "以「春」字作五言一联。")."""
+    """One turn of a conversation. Example: Message("user", "以「春」字作五言一联。").
 
-    role: str  # system | user | assistant | tool
+    A turn of the role "tools" stands first where there is one: the functions that may be called, as JSON.
+    """
+
+    role: str  # system | user | assistant | tool | tools
     content: str
+    tool_calls: str = ""  # an assistant's calls as JSON: [{"name": "weather", "arguments": {"city": "長安"}}]
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,15 @@ class PreferenceSample:
 
 
 @dataclass(frozen=True)
+class LabelledSample:
+    """One answer to a prompt, and whether it is a good one."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    good: bool
+
+
+@dataclass(frozen=True)
 class PromptSample:
     """A prompt to answer, with the reference answer where the data has one."""
 
@@ -258,7 +271,7 @@ class PromptSample:
     answer: str | None = None
 
 
-Sample = TextSample | ConversationSample | PreferenceSample | PromptSample
+Sample = TextSample | ConversationSample | PreferenceSample | LabelledSample | PromptSample
 
 
 @dataclass(frozen=True)

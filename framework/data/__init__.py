@@ -10,7 +10,7 @@ __all__ = ["read"]
 
 def __getattr__(name: str) -> Any:
     if name == "read":
-        from framework.data.formats import read
+        from framework.data.sources import read
 
         return read
     raise AttributeError(f"module 'framework.data' has no attribute {name!r}")

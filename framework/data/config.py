@@ -7,12 +7,14 @@ from framework.core.config import require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`train` and `valid` are files or folders; `valid_share` of train (0.02) is held out by content hash instead."""
+    """`train` and `valid` name files, folders, datasets of a dataset_info.json (data/alpaca_zh) or of the hub
+    (hub:OWNER/NAME); one number as `valid`, 0.02, holds that share of train out, by a hash of its content."""
 
     train: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
-    valid_share: float = 0.0
-    weights: list[float] = field(default_factory=list)  # one a file or folder of train: its share of the rows drawn
+    weights: list[float] = field(default_factory=list)  # one a path of train: its share of the rows drawn
+    temperature: float = 0.0  # shares by size^(1/temperature) instead: 1 = by size, more = flatter; 0 = not mixed
+    max_epochs: list[float] = field(default_factory=list)  # one a path, or one for all: passes over it at most
     format: str = "auto"  # or a registered data_format
     max_tokens: int = 128  # of one row, prompt and response together
     packing: bool = True  # several documents a row, attention kept apart
@@ -21,13 +23,45 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 2, f"data.max_tokens={self.max_tokens} must be at least 2")
-        require(0.0 <= self.valid_share < 1.0, f"data.valid_share={self.valid_share} must be in [0, 1)")
+        shares = [share for share in map(_share, self.valid) if share is not None]
+        require(
+            not shares or len(self.valid) == 1,
+            f"data.valid={','.join(self.valid)}: give files, or one share of data.train such as 0.02",
+        )
+        for share in shares:
+            require(0.0 < share < 1.0, f"data.valid={share} must be between 0 and 1")
         require(self.over_length in ("refuse", "skip"), f"data.over_length={self.over_length}: choose refuse or skip")
         require(
             not self.weights or len(self.weights) == len(self.train),
             f"data.weights has {len(self.weights)} entries and data.train {len(self.train)}; give one a file or folder",
         )
         require(all(w > 0 for w in self.weights), f"data.weights={self.weights} must all be positive")
+        require(
+            self.temperature == 0 or (self.temperature > 0 and not self.weights),
+            f"data.temperature={self.temperature} must be positive, and is instead of data.weights",
+        )
+        require(
+            len(self.max_epochs) in (0, 1, len(self.train)) and all(most > 0 for most in self.max_epochs),
+            f"data.max_epochs={self.max_epochs}: give one positive number a path of data.train, or one for all",
+        )
+
+    @property
+    def valid_paths(self) -> list[str]:
+        """What `valid` names; nothing where it is a share."""
+        return [] if self.valid_share else self.valid
+
+    @property
+    def valid_share(self) -> float:
+        """The share of train that is held out; 0.0 where `valid` names files or nothing."""
+        return next(filter(None, map(_share, self.valid)), 0.0)
+
+
+def _share(word: str) -> float | None:
+    """A share is written as a number, and no file is: 0.02."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

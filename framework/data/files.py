@@ -22,11 +22,12 @@ _LONGEST = 1 << 28  # bytes of one record: a forgotten quote or separator must n
 @dataclass(frozen=True)
 class Raw:
     """One record. Example: Raw({"text": "春眠不覺曉"}, line=3, offset=120): it stands on line 3 (row 3 of a .parquet),
-    and with it 120 bytes of the file are read."""
+    and with it 120 bytes of the file are read. What is no object has an `error`, and reading can go on behind it."""
 
     record: Record
     line: int
     offset: int
+    error: DataError | None = None
 
 
 def expand(path: str) -> list[str]:
@@ -103,10 +104,9 @@ def _json_lines(path: str) -> Iterator[Raw]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            yield _raw(json.loads(line), path, number, offset)
         except (ValueError, RecursionError) as error:
-            raise _not_json(error, path, number) from None
-        yield Raw(_object(value, path, number), number, offset)
+            yield Raw({}, number, offset, _not_json(error, path, number))
 
 
 def _not_json(error: Exception, path: str, line: int) -> DataError:
@@ -114,10 +114,11 @@ def _not_json(error: Exception, path: str, line: int) -> DataError:
     return DataError(f"malformed JSON: {what}", path, line)
 
 
-def _object(value: Any, path: str, line: int) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(f"a record is an object {{...}}, got {type(value).__name__} {str(value)[:40]!r}", path, line)
-    return value
+def _raw(value: Any, path: str, line: int, offset: int) -> Raw:
+    if isinstance(value, dict):
+        return Raw(value, line, offset)
+    message = f"a record is an object {{...}}, got {type(value).__name__} {str(value)[:40]!r}"
+    return Raw({}, line, offset, DataError(message, path, line))
 
 
 def _text_lines(path: str) -> Iterator[Raw]:
@@ -167,7 +168,7 @@ def _json(path: str) -> Iterator[Raw]:
             window.advance(window.start + 1)
         while (character := window.next_character()) not in ("", "]"):
             line = window.line
-            yield Raw(_object(window.value(), path, line), line, window.offset)
+            yield _raw(window.value(), path, line, window.offset)
             character = window.next_character()
             if is_array and character == ",":
                 window.advance(window.start + 1)

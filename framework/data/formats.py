@@ -1,111 +1,72 @@
-"""From records to samples: the field's formats, recognised from a file's first record, or forced by name.
+"""What a record means: the field's formats, each a function from a record to a sample.
 
-| format     | record                                                                                       |
-|------------|----------------------------------------------------------------------------------------------|
+| format     | record                                                                                        |
+|------------|-----------------------------------------------------------------------------------------------|
 | text       | {"text": ...}; of a .txt the blocks between blank lines (the whole file where there are none) |
 | lines      | as text, but every line of a .txt is a document: recognised where no blank line separates any |
-| alpaca     | {"instruction", "output", "input"?, "system"?, "history"?: [[question, answer], ...]}         |
-| sharegpt   | {"conversations": [{"from": "human" or "gpt", "value"}], "system"?}                           |
-| messages   | {"messages": [{"role", "content"}]} (OpenAI)                                                  |
-| preference | {"prompt"?, "chosen", "rejected", "margin"?}: strings, or lists of messages (TRL)             |
+| alpaca     | {"instruction", "output", "input"?, "system"?, "tools"?, "history"?: [[question, answer], ...]} |
+| sharegpt   | {"conversations": [{"from": "human" or "gpt", "value"}], "system"?, "tools"?}                  |
+| messages   | {"messages": [{"role", "content", "tool_calls"?}], "tools"?} (OpenAI)                          |
+| preference | {"prompt"?, "chosen", "rejected", "margin"?}: strings, or messages (TRL)                      |
+| hh         | {"chosen", "rejected"}: whole dialogues as text, "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF) |
+| medicalgpt | {"question", "response_chosen", "response_rejected", "system"?, "history"?} (MedicalGPT)      |
+| labelled   | {"prompt", "completion", "label": true or false}: one answer, good or bad (KTO in TRL)        |
+| verl       | {"prompt": messages, "reward_model": {"ground_truth"}, "data_source"?, "extra_info"?} (verl)   |
 | prompt     | {"prompt": string or messages, "answer"?}                                                     |
 
 An extension registers another with `@register("data_format", name)`: a function from a record to a sample, raising
-DataError for a record that it cannot take; the reader adds file and line. A null field counts as absent.
+DataError for a record that it cannot take; the reader adds file and line. A null field counts as absent. Left out:
+where records come from, and which file is of which format (`sources`).
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import json
+from collections.abc import Callable
 
-from framework.core.errors import DataError, nearest
-from framework.core.records import ConversationSample, Message, PreferenceSample, PromptSample, Sample, TextSample
-from framework.core.registry import lookup, register
-from framework.data import files
-from framework.data.files import Raw, Record
+from framework.core.errors import DataError
+from framework.core.records import (
+    ConversationSample,
+    LabelledSample,
+    Message,
+    PreferenceSample,
+    PromptSample,
+    Sample,
+    TextSample,
+)
+from framework.core.registry import register
+from framework.data import turns
+from framework.data.fields import field, listing, number, string, wrong
+from framework.data.files import Record
 
 Format = Callable[[Record], Sample]
 
 # A record with all these fields is of that format; the first that fits decides.
 _MARKS = {
+    "medicalgpt": ("question", "response_chosen", "response_rejected"),
     "preference": ("chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
+    "verl": ("prompt", "reward_model"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
     "prompt": ("prompt",),
 }
-_ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
 
-@dataclass(frozen=True)
-class Located:
-    """A sample and where it stands: file number `file` of those read, its path, line, and bytes read with it."""
-
-    sample: Sample
-    file: int
-    path: str
-    line: int
-    offset: int
-
-
-def read(path: str, format: str = "auto") -> Iterator[Sample]:
-    """The samples of a file or folder, streaming. Errors are DataErrors that name file and line."""
-    return (located.sample for located in read_located([path], format))
-
-
-def read_located(paths: list[str], format: str = "auto") -> Iterator[Located]:
-    """As `read`, over several files and folders, with places."""
-    for number, path in enumerate(expand(paths)):
-        name = recognise(path) if format == "auto" else format
-        yield from _read_file(number, path, name)
-
-
-def expand(paths: list[str]) -> list[str]:
-    """The data files behind several paths, in order."""
-    return [file for path in paths for file in files.expand(path)]
-
-
-def recognise(path: str) -> str:
-    """The format of a data file, from its first record."""
-    if Path(path).suffix == ".txt":
-        return "text" if files.has_paragraphs(path) else "lines"
-    first = next(files.records(path), None)
-    if first is None:
-        raise DataError("the file holds no record", path)
-    present = _present(first.record)
+def format_of(record: Record) -> str:
+    """The format that a record's fields tell."""
     for name, fields in _MARKS.items():
-        if all(field in present for field in fields):
-            return name
+        if all(field in record for field in fields):
+            return "hh" if name == "preference" and turns.is_dialogue(record["chosen"]) else name
     wanted = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in _MARKS.items())
-    raise DataError(f"no known format has the fields {_listing(present)} (known: {wanted})", path, first.line)
-
-
-def _read_file(number: int, path: str, name: str) -> Iterator[Located]:
-    parse: Format = lookup("data_format", name)
-    if Path(path).suffix == ".txt" and name not in ("text", "lines"):
-        raise DataError(f"a .txt file holds plain text; format {name} needs .jsonl, .json or .parquet", path)
-    raw = None
-    for raw in files.records(path, paragraphs=name != "lines"):
-        yield Located(_parsed(parse, raw, path), number, path, raw.line, raw.offset)
-    if raw is None:
-        raise DataError("the file holds no record", path)
-
-
-def _parsed(parse: Format, raw: Raw, path: str) -> Sample:
-    try:
-        return parse(_present(raw.record))
-    except DataError as error:
-        raise DataError(str(error), path, raw.line) from None
+    raise DataError(f"no known format has the fields {listing(record)} (known: {wanted})")
 
 
 @register("data_format", "text")
 def text(record: Record) -> TextSample:
     """{"text": "..."}"""
-    return TextSample(_string(record, "text"))
+    return TextSample(string(record, "text"))
 
 
 @register("data_format", "lines")
@@ -117,136 +78,87 @@ def lines(record: Record) -> TextSample:
 @register("data_format", "alpaca")
 def alpaca(record: Record) -> ConversationSample:
     """Instruction and input become one user turn, on two lines."""
-    asked = [_string(record, "instruction"), _string(record, "input", "")]
-    system = [Message("system", record["system"])] if _string(record, "system", "") else []
-    earlier = [turn for pair in _list(record, "history", []) for turn in _exchange(pair)]
-    last = [Message("user", "\n".join(filter(None, asked))), Message("assistant", _string(record, "output"))]
-    return ConversationSample((*system, *earlier, *last))
+    asked = [string(record, "instruction"), string(record, "input", "")]
+    last = (Message("user", "\n".join(filter(None, asked))), Message("assistant", string(record, "output")))
+    return ConversationSample((*turns.opening(record), *turns.history(record), *last))
 
 
 @register("data_format", "sharegpt")
 def sharegpt(record: Record) -> ConversationSample:
     """Turns with "from" and "value"."""
-    system = [Message("system", record["system"])] if _string(record, "system", "") else []
-    turns = _messages(record, "conversations", "from", "value")
-    return ConversationSample((*system, *turns))
+    return ConversationSample((*turns.opening(record), *turns.sharegpt(record, "conversations")))
 
 
 @register("data_format", "messages")
 def messages(record: Record) -> ConversationSample:
     """OpenAI's chat format."""
-    return ConversationSample(_messages(record, "messages"))
+    return ConversationSample((*turns.opening(record), *turns.messages(record, "messages")))
 
 
 @register("data_format", "preference")
 def preference(record: Record) -> PreferenceSample:
     """Two answers to one prompt. Answers given as messages may repeat the prompt; without "prompt" they must."""
-    chosen, rejected = _answer(record, "chosen"), _answer(record, "rejected")
-    if "prompt" in record:
-        prompt = _prompt(record)
-    else:
-        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1]))
-        prompt = tuple(first for first, _ in shared)
-        if not prompt:
-            raise DataError("needs the field 'prompt', or 'chosen' and 'rejected' as messages that begin with it")
-    return PreferenceSample(
-        prompt, _behind(prompt, chosen, "chosen"), _behind(prompt, rejected, "rejected"), _number(record, "margin")
-    )
+    chosen, rejected = turns.answer(record, "chosen"), turns.answer(record, "rejected")
+    asked = turns.prompt(record) if "prompt" in record else _shared(chosen, rejected)
+    if not asked:
+        raise DataError("needs the field 'prompt', or 'chosen' and 'rejected' as messages that begin with it")
+    return _pair((*turns.opening(record), *asked), asked, chosen, rejected, number(record, "margin"))
+
+
+@register("data_format", "hh")
+def hh(record: Record) -> PreferenceSample:
+    """Anthropic's HH-RLHF: two dialogues that differ in what the assistant says last."""
+    chosen, rejected = (turns.dialogue(string(record, name), name) for name in ("chosen", "rejected"))
+    asked = _shared(chosen, rejected)
+    return _pair(asked, asked, chosen, rejected)
+
+
+@register("data_format", "medicalgpt")
+def medicalgpt(record: Record) -> PreferenceSample:
+    """MedicalGPT's pairs."""
+    question = Message("user", string(record, "question"))
+    prompt = (*turns.opening(record), *turns.history(record), question)
+    return PreferenceSample(prompt, string(record, "response_chosen"), string(record, "response_rejected"))
+
+
+@register("data_format", "labelled")
+def labelled(record: Record) -> LabelledSample:
+    """One answer and whether it is good."""
+    asked, label = turns.prompt(record), field(record, "label")
+    if not isinstance(label, bool):
+        raise wrong("label", "true or false", label)
+    answer = turns.behind(asked, turns.answer(record, "completion"), "completion")
+    return LabelledSample((*turns.opening(record), *asked), answer, label)
+
+
+@register("data_format", "verl")
+def verl(record: Record) -> PromptSample:
+    """verl's prompts with what is true. An answer that is no text is kept as JSON; "data_source" and "extra_info" say
+    nothing that a prompt needs."""
+    judged = field(record, "reward_model")
+    if not isinstance(judged, dict):
+        raise wrong("reward_model", "an object with 'ground_truth'", judged)
+    truth = judged.get("ground_truth")
+    answer = truth if truth is None or isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
+    return PromptSample(turns.prompt(record), answer)
 
 
 @register("data_format", "prompt")
 def prompt(record: Record) -> PromptSample:
     """What to answer, for reinforcement learning; "answer" is the reference where a task has one."""
-    return PromptSample(_prompt(record), _string(record, "answer") if "answer" in record else None)
+    asked = (*turns.opening(record), *turns.prompt(record))
+    return PromptSample(asked, string(record, "answer") if "answer" in record else None)
 
 
-def _present(record: Record) -> Record:
-    return {name: value for name, value in record.items() if value is not None}
+def _shared(chosen: turns.Turns, rejected: turns.Turns) -> turns.Turns:
+    """The turns with which both begin, less the last of each."""
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1]))
+    return tuple(first for first, _ in shared)
 
 
-def _listing(record: Record) -> str:
-    return ", ".join(sorted(map(str, record))) or "(none)"
-
-
-def _field(record: Record, name: str) -> Any:
-    if name not in record:
-        raise DataError(f"needs the field '{name}'; the record has {_listing(record)}")
-    return record[name]
-
-
-def _string(record: Record, name: str, default: str | None = None) -> str:
-    value = record.get(name, default) if default is not None else _field(record, name)
-    if not isinstance(value, str):
-        raise DataError(f"field '{name}' must be a string, got {type(value).__name__} {str(value)[:40]!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"field '{name}' holds half a character: {value[error.start]!a} has no partner") from None
-    return value
-
-
-def _list(record: Record, name: str, default: list[Any] | None = None) -> list[Any]:
-    value = record.get(name, default) if default is not None else _field(record, name)
-    if not isinstance(value, list):
-        raise DataError(f"field '{name}' must be a list, got {type(value).__name__} {str(value)[:40]!r}")
-    return value
-
-
-def _number(record: Record, name: str) -> float | None:
-    value = record.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise DataError(f"field '{name}' must be a number, got {type(value).__name__} {str(value)[:40]!r}")
-    return None if value is None else float(value)
-
-
-def _exchange(pair: Any) -> tuple[Message, Message]:
-    if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-        raise DataError(f"field 'history' must hold pairs [question, answer], got {str(pair)[:40]!r}")
-    return Message("user", pair[0]), Message("assistant", pair[1])
-
-
-def _messages(record: Record, name: str, role_field: str = "role", text_field: str = "content") -> tuple[Message, ...]:
-    turns = _list(record, name)
-    if not turns:
-        raise DataError(f"field '{name}' is empty")
-    return tuple(_message(turn, f"{name}[{n}]", role_field, text_field) for n, turn in enumerate(turns))
-
-
-def _message(turn: Any, place: str, role_field: str, text_field: str) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"{place} must be an object with '{role_field}' and '{text_field}', got {str(turn)[:40]!r}")
-    try:
-        role = _string(_present(turn), role_field)
-        content = _string(_present(turn), text_field)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
-    known = {**{role: role for role in _ROLES}, **(_SHAREGPT_ROLES if role_field == "from" else {})}
-    if role not in known:
-        raise DataError(f"{place}: unknown {role_field} '{role}': {nearest(role, known)}")
-    if turn.get("weight") == 0:
-        raise DataError(f"{place}: weight 0 (a turn that is not trained) is not supported; leave the turn's sample out")
-    return Message(known[role], content)
-
-
-def _prompt(record: Record) -> tuple[Message, ...]:
-    if isinstance(_field(record, "prompt"), list):
-        turns = _messages(record, "prompt")
-        if turns[-1].role == "assistant":
-            raise DataError("field 'prompt' ends with an assistant's turn; there is nothing left to answer")
-        return turns
-    return (Message("user", _string(record, "prompt")),)
-
-
-def _answer(record: Record, name: str) -> tuple[Message, ...]:
-    if isinstance(_field(record, name), list):
-        return _messages(record, name)
-    return (Message("assistant", _string(record, name)),)
-
-
-def _behind(prompt: tuple[Message, ...], answer: tuple[Message, ...], name: str) -> str:
-    """The answer's text, the prompt that it may repeat taken off."""
-    rest = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
-    if len(rest) != 1 or rest[0].role != "assistant":
-        roles = ", ".join(message.role for message in rest) or "nothing"
-        raise DataError(f"field '{name}' must be one assistant's turn behind the prompt, got {roles}")
-    return rest[0].content
+def _pair(
+    prompt: turns.Turns, asked: turns.Turns, chosen: turns.Turns, rejected: turns.Turns, margin: float | None = None
+) -> PreferenceSample:
+    """`asked` is the part of `prompt` that the answers may repeat."""
+    answers = (turns.behind(asked, chosen, "chosen"), turns.behind(asked, rejected, "rejected"))
+    return PreferenceSample(prompt, *answers, margin)

@@ -38,6 +38,8 @@ class RowSource(Protocol):
 class Ordered(Protocol):
     """A row source with an order of its own, such as a mixture."""
 
+    available: float  # rows of the stream; infinite where it never ends
+
     def order(self, seed: int, positions: Array) -> Array: ...  # row numbers at positions of the endless stream
 
 
@@ -50,6 +52,15 @@ class Loader:
             raise UsageError(f"batch.size={batch_size} is not divisible by {data_size} data ranks")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.data_rank, self.data_size = data_rank, data_size
+
+    def require(self, steps: int) -> None:
+        """Refuse a run of `steps` batches for which the stream is too short."""
+        needed, there = steps * self.batch_size, self.rows.available if isinstance(self.rows, Ordered) else np.inf
+        if needed > there:
+            raise UsageError(
+                f"the run takes {needed:,} rows and data.max_epochs allows {there:,.0f}; "
+                f"shorten it to {int(there) // self.batch_size:,} steps, raise data.max_epochs, or bring more data"
+            )
 
     def batch(self, step: int) -> Any:
         """Rows step * batch_size ... of the endless stream, this rank's part. Prompts carry their stream position."""

@@ -1,11 +1,13 @@
 """Several sources as one, drawn in given shares.
 
 The share holds at every moment, not only on average: after n rows each source has given its share of n to within one
-row of every source, because each position goes to the source that lags most behind. Left out: weights that change.
+row of every source, because each position goes to the source that lags most behind. A source with an epoch cap drops
+out where it reaches the cap, and the others share what it leaves; so the order never depends on how long a run is.
+Left out: weights that change with the loss.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,23 +22,34 @@ _PERIOD = 1000  # positions after which the pattern of sources repeats: shares a
 
 
 def open_parts(config: DataConfig, part: str, open_one: Callable[[DataConfig], RowSource]) -> RowSource:
-    """One source, or with data.weights a mixture of one source a path of data.train."""
-    if not config.weights or part != "train":
-        return open_one(replace(config, weights=[]))
-    sources = [open_one(replace(config, train=[path], weights=[])) for path in config.train]
-    return Mixture(sources, config.weights)
+    """One source, or, where the recipe mixes, a mixture of one source a path of data.train."""
+    alone = replace(config, weights=[], temperature=0.0, max_epochs=[])
+    if config == alone or part != "train":
+        return open_one(alone)
+    sources = [open_one(replace(alone, train=[path])) for path in config.train]
+    shares = config.weights or tempered([len(source) for source in sources], config.temperature or 1.0)
+    caps = config.max_epochs * len(sources) if len(config.max_epochs) == 1 else config.max_epochs
+    return Mixture(sources, shares, caps)
+
+
+def tempered(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Shares in proportion to size^(1/temperature): 1 draws by size, more lifts the small ones, infinity draws all
+    alike (Conneau et al. 2020, equation 1, with alpha = 1/temperature). Example: (100, 1), 2 -> [10/11, 1/11]."""
+    raised = np.asarray(sizes, float) ** (1 / temperature)
+    return [float(share) for share in raised / raised.sum()]
 
 
 class Mixture:
     """Rows of all sources, numbered one source after another; `order` says in what order they are drawn."""
 
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float]):
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], max_epochs: Sequence[float] = ()):
+        """`max_epochs`: how often each source may be gone through, () for any number of times."""
         self.sources = list(sources)
-        self._ends = np.cumsum([len(source) for source in sources])
-        self._source, self._nth = _pattern(weights)
-        self._counts = np.bincount(self._source, minlength=len(sources))
-        if not self._counts.all():
-            raise UsageError(f"data.weights={list(weights)}: the least is below one in {_PERIOD} rows; leave it out")
+        sizes = np.array([len(source) for source in sources])
+        self._ends = np.cumsum(sizes)
+        caps = np.floor(sizes * np.asarray(max_epochs)) if max_epochs else np.full(len(sizes), np.inf)
+        self._stretches = _stretches(np.asarray(weights, float), caps)
+        self.available = self._stretches[-1].stop
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -63,9 +76,12 @@ class Mixture:
 
     def order(self, seed: int, positions: Array) -> Array:
         """Row numbers at positions of the stream; each source goes through its own epochs at its own pace."""
-        block, within = np.divmod(positions, _PERIOD)
-        chosen = self._source[within]
-        nth = block * self._counts[chosen] + self._nth[within]
+        chosen, nth = np.empty_like(positions), np.empty_like(positions)
+        begins = np.array([stretch.start for stretch in self._stretches])
+        number = np.searchsorted(begins, positions, side="right") - 1
+        for n in np.unique(number).tolist():
+            here = number == n
+            chosen[here], nth[here] = self._stretches[n].at(positions[here])
         numbers = np.empty_like(positions)
         for s, source in enumerate(self.sources):
             mine = chosen == s
@@ -86,9 +102,59 @@ class Mixture:
         return int(self._ends[source]) - len(self.sources[source])
 
 
-def _pattern(weights: Sequence[float]) -> tuple[Array, Array]:
+@dataclass(frozen=True)
+class _Stretch:
+    """Positions from `start` to `stop` of the stream, in which the same sources are drawn by one repeating pattern."""
+
+    start: int
+    stop: float  # infinite where no source ever drops out
+    source: Array  # [_PERIOD]: which source each position takes
+    nth: Array  # [_PERIOD]: how many rows that source gave before in the period
+    counts: Array  # [S]: rows that each source gives in a period
+    before: Array  # [S]: rows that each source gave before `start`
+
+    def at(self, positions: Array) -> tuple[Array, Array]:
+        """(source, how many rows it gave before) at positions of the stream."""
+        block, within = np.divmod(positions - self.start, _PERIOD)
+        chosen = self.source[within]
+        return chosen, self.before[chosen] + block * self.counts[chosen] + self.nth[within]
+
+    def given(self, stop: int) -> Array:
+        """[S]: rows that each source gave before position `stop`."""
+        block, rest = divmod(stop - self.start, _PERIOD)
+        given: Array = self.before + block * self.counts + np.bincount(self.source[:rest], minlength=len(self.counts))
+        return given
+
+
+def _stretches(weights: Array, caps: Array) -> list[_Stretch]:
+    """The whole stream: a stretch ends where a source reaches its cap [S] of rows."""
+    found: list[_Stretch] = []
+    start, given = 0, np.zeros(len(weights), np.int64)
+    while (given < caps).any():
+        source, nth = _pattern(np.where(given < caps, weights, 0.0))
+        counts = np.bincount(source, minlength=len(weights))
+        if not counts[given < caps].all():
+            raise UsageError(f"data.weights={weights.tolist()}: the least is below one in {_PERIOD} rows; leave it out")
+        stop = start + min(_position(source, s, caps[s] - given[s]) for s in np.flatnonzero(counts).tolist())
+        found.append(_Stretch(start, stop, source, nth, counts, given))
+        if stop == np.inf:
+            break
+        start, given = int(stop), found[-1].given(int(stop))
+    return found
+
+
+def _position(source: Array, s: int, number: float) -> float:
+    """Where, in the repeating pattern, source `s` would give its row `number`, counted from 0."""
+    if number == np.inf:
+        return number
+    places = np.flatnonzero(source == s)
+    block, rest = divmod(int(number), len(places))
+    return float(block * _PERIOD + places[rest])
+
+
+def _pattern(weights: Array) -> tuple[Array, Array]:
     """For each position of a period: which source, and how many rows that source gave before in the period."""
-    shares = np.asarray(weights, float) / sum(weights)
+    shares = weights / weights.sum()
     taken = np.zeros(len(shares), np.int64)
     source, nth = np.empty(_PERIOD, np.int64), np.empty(_PERIOD, np.int64)
     for position in range(_PERIOD):

@@ -76,7 +76,7 @@ def render_pairs(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -
 
 def _pair(tokenizer: Tokenizer, max_tokens: int, sample: Sample) -> Prepared | Skip:
     if not isinstance(sample, PreferenceSample):
-        raise DataError("a reward model takes pairs (format preference)")
+        raise DataError("a reward model takes pairs (formats preference, hh, medicalgpt)")
     if sample.chosen == sample.rejected:
         return Skip("chosen and rejected are equal")
     answers = (sample.chosen, sample.rejected)

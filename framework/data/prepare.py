@@ -24,8 +24,6 @@ import numpy as np
 from framework.core.config import digest
 from framework.core.errors import DataError, FrameworkError, UsageError
 from framework.core.records import Sample, Tokenizer
-from framework.data import formats
-from framework.data.formats import Located
 from framework.data.shards import (
     LAYOUT,
     MANIFEST,
@@ -36,6 +34,7 @@ from framework.data.shards import (
     file_of,
     ids_type,
 )
+from framework.data.sources import Located, Source, open_sources, read_located
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
@@ -82,23 +81,23 @@ class Preparation:
 
 def prepare(preparation: Preparation, cache: Path, progress: Progress | None = None) -> Shards:
     """The shards, found or made under `cache`."""
-    files = formats.expand(list(preparation.paths))
-    folder = cache / _name(preparation, files)
+    sources = open_sources(list(preparation.paths), preparation.format)
+    folder = cache / _name(preparation, sources)
     if (folder / MANIFEST).exists():
         return Shards(folder)
     try:
         with _locked(cache, folder.name):
             if not (folder / MANIFEST).exists():
-                _make(preparation, files, folder, progress)
+                _make(preparation, sources, folder, progress)
     except OSError as error:
         raise FrameworkError(f"cannot write prepared data to {folder}: {error.strerror}; see data.cache") from error
     return Shards(folder)
 
 
-def _name(preparation: Preparation, files: list[str]) -> str:
+def _name(preparation: Preparation, sources: list[Source]) -> str:
     decides = {
         "layout": LAYOUT,
-        "files": [[_sha256(file), Path(file).suffix] for file in files],
+        "files": [[_sha256(source.path), Path(source.path).suffix, source.origin] for source in sources],
         "tokenizer": preparation.tokenizer.fingerprint,
     }
     plain = ("kind", "format", "part", "valid_share", "max_tokens", "packing")
@@ -119,11 +118,11 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _make(preparation: Preparation, files: list[str], folder: Path, progress: Progress | None) -> None:
+def _make(preparation: Preparation, sources: list[Source], folder: Path, progress: Progress | None) -> None:
     """Fill a hidden folder, from its journal on, and give it its name."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        _fill(preparation, files, partial, progress)
+        _fill(preparation, sources, partial, progress)
     except UsageError:  # it would come again; the corrected data will have another name
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -132,10 +131,10 @@ def _make(preparation: Preparation, files: list[str], folder: Path, progress: Pr
     _sync(folder.parent)
 
 
-def _fill(preparation: Preparation, files: list[str], partial: Path, progress: Progress | None) -> None:
+def _fill(preparation: Preparation, sources: list[Source], partial: Path, progress: Progress | None) -> None:
     writer = _Writer(partial, ids_type(preparation.tokenizer.vocab_size))
-    sizes = [Path(file).stat().st_size for file in files]
-    for batch in _batches(formats.read_located(list(preparation.paths), preparation.format), writer.journal.done):
+    sizes = [Path(source.path).stat().st_size for source in sources]
+    for batch in _batches(read_located(sources), writer.journal.done):
         kept = [located for located in batch if _belongs(located.sample, preparation)]
         writer.add(kept, _rendered(preparation, kept), num_done=len(batch))
         if progress is not None:

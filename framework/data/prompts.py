@@ -9,6 +9,7 @@ import torch
 from framework.core.errors import DataError
 from framework.core.records import (
     ConversationSample,
+    LabelledSample,
     Message,
     PreferenceSample,
     PromptBatch,
@@ -81,9 +82,9 @@ def _prompt(tokenizer: Tokenizer, max_tokens: int, messages: tuple[Message, ...]
 
 def _asked(sample: Sample) -> tuple[Message, ...]:
     """What is to be answered: conversations and pairs lend their prompts too."""
-    if isinstance(sample, PromptSample | PreferenceSample):
+    if isinstance(sample, PromptSample | PreferenceSample | LabelledSample):
         return sample.prompt
     if isinstance(sample, ConversationSample):
         last = max((n for n, m in enumerate(sample.messages) if m.role == "assistant"), default=len(sample.messages))
         return sample.messages[:last]
-    raise DataError("prompts come from the formats prompt, preference, alpaca, sharegpt and messages, not from text")
+    raise DataError("prompts come from prompts, pairs, labelled answers and conversations, not from text")

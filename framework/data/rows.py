@@ -35,16 +35,15 @@ def open_shards(
     DataError where nothing is left to use, UsageError where samples are over length and the recipe says "refuse";
     `limit` is the key by which the recipe sets config.max_tokens.
     """
-    held_out = config.valid_share if not config.valid else 0.0
-    paths = config.valid if part == "valid" and config.valid else config.train
-    if part == "valid" and not config.valid and not held_out:
-        raise UsageError("there is no validation data: set data.valid or data.valid_share")
+    if part == "valid" and not config.valid:
+        raise UsageError("there is no validation data: set data.valid to files, or to a share of data.train (0.02)")
+    paths = config.valid_paths if part == "valid" and config.valid_paths else config.train
     preparation = Preparation(
         kind=kind,
         paths=paths,
         format=config.format,
         part=part,
-        valid_share=held_out,
+        valid_share=config.valid_share,
         max_tokens=config.max_tokens,
         packing=config.packing,
         tokenizer=tokenizer,
@@ -138,6 +137,6 @@ def _refuse_nothing(shards: Shards, config: DataConfig, part: str, paths: list[s
     if len(shards):
         return
     reasons = "".join(f", {reason}: {count}" for reason, count in shards.counted.skipped.items())
-    share = f", data.valid_share={config.valid_share}" if config.valid_share and not config.valid else ""
+    share = f", data.valid={config.valid_share}" if config.valid_share else ""
     what = f"no sample left for data.{part}: {shards.counted.read} read{share}{reasons}"
     raise DataError(what, ", ".join(paths))

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from framework.core.errors import DataError
-from framework.core.records import ConversationSample, Sample, Tokenizer
+from framework.core.records import ConversationSample, LabelledSample, Message, Sample, Tokenizer
 from framework.data.chat_template import UnstableTokens, render_conversation
 from framework.data.config import DataConfig
 from framework.data.loader import RowSource
@@ -36,9 +36,13 @@ def render_conversations(tokenizer: Tokenizer, max_tokens: int, samples: list[Sa
 
 
 def _conversation(tokenizer: Tokenizer, max_tokens: int, sample: Sample) -> Prepared | Skip:
+    if isinstance(sample, LabelledSample):
+        if not sample.good:
+            return Skip("labelled as a bad answer")
+        sample = ConversationSample((*sample.prompt, Message("assistant", sample.answer)))
     if not isinstance(sample, ConversationSample):
-        raise DataError("sft takes conversations (formats alpaca, sharegpt, messages)")
-    answers = [message.content for message in sample.messages if message.role == "assistant"]
+        raise DataError("sft takes conversations (formats alpaca, sharegpt, messages, labelled)")
+    answers = [message.content + message.tool_calls for message in sample.messages if message.role == "assistant"]
     if not any(answer.strip() for answer in answers):
         return Skip("nothing to train: no assistant's turn with text")
     try:

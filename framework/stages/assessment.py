@@ -14,7 +14,7 @@ from framework.generation.config import SamplingConfig
 from framework.generation.text import responses
 from framework.objectives.kl import estimate_kl
 from framework.stages.config import PpoRun
-from framework.stages.job import Job, files
+from framework.stages.job import Job, located
 from framework.stages.roles import Roles
 from framework.stages.samples import as_figures
 from framework.stages.samples import run as run_task
@@ -27,15 +27,16 @@ _SEED = 1_000_003  # held-out answers are drawn apart from the training ones
 
 
 def open_prompts(
-    job: Job, config: PpoRun, tokenizer: Tokenizer, open_rows: Callable[..., RowSource]
+    config: PpoRun, tokenizer: Tokenizer, open_rows: Callable[..., RowSource], say: Callable[[str], None]
 ) -> tuple[Loader, RowSource]:
     """The training prompts as batches, and the held-out ones (the training ones where the recipe names none)."""
-    train, valid = files(config.data.train, "data.train"), files(config.data.valid, "data.valid")
-    data = replace(config.data, train=train, valid=valid or train, max_tokens=config.rollout.max_prompt_tokens)
-    folder = job.folder.path.parent / "prepared"
-    opened = [open_rows(data, part, tokenizer, folder, config.seed) for part in ("train", "valid")]
-    job.say(f"{len(opened[0]):,} prompts, {len(opened[1]):,} held out; the first one:\n{opened[0].preview()}")
-    return Loader(opened[0], config.rollout.prompts, config.seed), opened[1]
+    data = located(config.data)
+    data = replace(data, valid=data.valid or data.train, max_tokens=config.rollout.max_prompt_tokens)
+    opened = [open_rows(data, part, tokenizer, config.prepared, config.seed) for part in ("train", "valid")]
+    say(f"{len(opened[0]):,} prompts, {len(opened[1]):,} held out; the first one:\n{opened[0].preview()}")
+    batches = Loader(opened[0], config.rollout.prompts, config.seed)
+    batches.require(config.ppo.iterations)
+    return batches, opened[1]
 
 
 @dataclass(frozen=True)

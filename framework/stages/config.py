@@ -68,6 +68,11 @@ class RunConfig:
     def folder(self) -> Path:
         return Path(self.run.dir)
 
+    @property
+    def prepared(self) -> Path:
+        """Where data are prepared where data.cache does not say: beside the run, for all runs there."""
+        return self.folder.parent / "prepared"
+
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
@@ -102,10 +107,6 @@ class TrainingRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data.train), "data.train is empty; name files or folders: data.train=[a.jsonl]")
-        require(
-            not (self.data.valid and self.data.valid_share),
-            "data.valid and data.valid_share are both given; choose one",
-        )
         self.batch.micro(1)
 
 

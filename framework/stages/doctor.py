@@ -12,6 +12,8 @@ _PACKAGES = {
     "wandb": 'tracking=wandb; pip install "framework[wandb]"',
     "tensorboard": 'tracking=tensorboard; pip install "framework[tensorboard]"',
     "hydra-optuna-sweeper": 'hydra/sweeper=optuna; pip install "framework[sweep]"',
+    "datasets": 'data.train=[hub:OWNER/NAME]; pip install "framework[hub]"',
+    "py3langid": 'languages in `data stats`; pip install "framework[curation]"',
     "deepspeed": "ZeRO engines; nothing else needs it",
     "vllm": "faster rollouts on GPUs; the native generator works without",
     "flash-attn": "faster attention on GPUs; torch's own is used without",

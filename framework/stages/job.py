@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from framework.core.config import find_file
-from framework.core.errors import Interrupted, UsageError
+from framework.core.errors import DataError, Interrupted, UsageError
 from framework.core.runtime import Runtime, StopRequest, start
+from framework.data.config import DataConfig
+from framework.data.sources import open_sources
 from framework.stages.config import NOT_IN_HASH, RunConfig, TrainingRun
 from framework.stages.plan import plain
 from framework.tracking.folder import RunFolder
@@ -109,13 +111,15 @@ def load_extensions(names: list[str]) -> None:
                 raise UsageError(f"extensions: cannot import '{name}': {error}") from None
 
 
-def files(paths: list[str], key: str) -> list[str]:
-    """Data paths as they are found; `key` names the recipe's key in the error for a missing one."""
-    found = [find_file(path) for path in paths]
-    for path in found:
-        if not Path(path).exists():
-            raise UsageError(f"{key}: no such file or folder: {path}")
-    return found
+def located(data: DataConfig) -> DataConfig:
+    """`data` with its paths as they are found; one that leads nowhere, or to no known format, is named with its key."""
+    train, valid = ([find_file(path) for path in paths] for paths in (data.train, data.valid_paths))
+    for key, paths in (("data.train", train), ("data.valid", valid)):
+        try:
+            open_sources(paths, data.format)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
+    return replace(data, train=train, valid=valid or data.valid)
 
 
 def folder_digest(path: str) -> str:

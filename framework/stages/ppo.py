@@ -52,7 +52,7 @@ def run(config: PpoRun) -> Run:
         if job.finished:
             return job.result()
         tokenizer = load_tokenizer(config.init_from)
-        prompts, held_out = open_prompts(job, config, tokenizer, open_rows)
+        prompts, held_out = open_prompts(config, tokenizer, open_rows, job.say)
         with open_roles(job, config, tokenizer, held_out) as roles:
             assessor = Assessor(job, config, roles, tokenizer, held_out)
             state = improve(job, config, roles, prompts, assessor)

@@ -42,7 +42,7 @@ def run(config: RewardModelRun) -> Run:
         if job.finished:
             return job.result()
         start = open_start(config)
-        rows = open_both(job, config, open_rows, start.tokenizer)
+        rows = open_both(config, open_rows, start.tokenizer, job.say)
         loss = partial(ranking_loss, center_coefficient=config.center_coefficient)
         figures = fit(job, config, start, rows, loss, num_classes=1, describe=score_scale)
         if rows.valid is not None:

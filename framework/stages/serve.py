@@ -3,17 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from framework.core.errors import UsageError
 from framework.core.records import Message
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.text import generate_text, load_generator, stream_text
-
-
-class _Words(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+from framework.stages.words import Words
 
 
 def generate(words: list[str]) -> int:
@@ -74,7 +69,7 @@ def _sampling(chosen: argparse.Namespace) -> SamplingConfig:
 
 
 def _parser(name: str, text: str) -> argparse.ArgumentParser:
-    parser = _Words(f"framework {name}", description=text)
+    parser = Words(f"framework {name}", description=text)
     parser.add_argument("model", help="a run folder or a Hugging Face folder")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")

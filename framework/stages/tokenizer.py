@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from framework.core.errors import DataError
 from framework.core.records import Sample, TextSample
-from framework.data.formats import read
+from framework.data.sources import read
 from framework.stages.config import TokenizerRun
-from framework.stages.job import Run, files, open_job
+from framework.stages.job import Run, located, open_job
 from framework.tokenization.train import train
 
 
@@ -15,10 +15,10 @@ def run(config: TokenizerRun) -> Run:
     with open_job(config) as job:
         if job.finished:
             return job.result()
-        learned = train(_texts(files(config.data.train, "data.train"), config.data.format), config.tokenizer)
+        data = located(config.data)
+        learned = train(_texts(data.train, data.format), config.tokenizer)
         learned.save(str(config.folder / "model"))
-        held_out = files(config.data.valid or config.data.train, "data.valid")
-        texts = list(_texts(held_out, config.data.format))
+        texts = list(_texts(data.valid_paths or data.train, data.format))
         num_bytes = sum(len(text.encode()) for text in texts)
         num_tokens = sum(map(len, learned.encode_many(texts)))
         figures = {"vocab_size": learned.vocab_size, "bytes_per_token": num_bytes / max(1, num_tokens)}

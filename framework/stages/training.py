@@ -12,8 +12,8 @@ from framework.core.errors import UsageError
 from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
-from framework.data.formats import recognise
 from framework.data.loader import Loader, RowSource
+from framework.data.sources import described, open_sources
 from framework.engine.loop import train
 from framework.engine.protocol import Engine
 from framework.engine.torch_engine import build_engine
@@ -21,7 +21,7 @@ from framework.models.config import ModelConfig
 from framework.models.hub import read_folder, save_weights
 from framework.models.init import random_weights
 from framework.stages.config import TrainingRun
-from framework.stages.job import Job, files
+from framework.stages.job import Job, located
 from framework.tokenization.load import load as load_tokenizer
 from framework.tracking.progress import Progress
 
@@ -75,24 +75,21 @@ def with_fresh_heads(stored: ReadBox, names: set[str], model: ModelConfig, seed:
     return read
 
 
-def open_both(job: Job, config: TrainingRun, open_rows: OpenRows, tokenizer: Tokenizer) -> Rows:
+def open_both(config: TrainingRun, open_rows: OpenRows, tokenizer: Tokenizer, say: Callable[[str], None]) -> Rows:
     """Prepare (or find prepared) the rows of both parts, and say what was read."""
-    data = replace(
-        config.data, train=files(config.data.train, "data.train"), valid=files(config.data.valid, "data.valid")
-    )
-    folder = job.folder.path.parent / "prepared"
+    data = located(config.data)
 
     def opened(part: str) -> RowSource:
         with Progress(f"preparing {part} data", unit="bytes", enabled=config.tracking.progress) as progress:
-            return open_rows(data, part, tokenizer, folder, config.seed, lambda done, _: progress(done))
+            return open_rows(data, part, tokenizer, config.prepared, config.seed, lambda done, _: progress(done))
 
-    rows = Rows(opened("train"), opened("valid") if data.valid or data.valid_share else None)
+    rows = Rows(opened("train"), opened("valid") if data.valid else None)
     for path in data.train:
-        job.say(f"{path}: format {recognise(path) if data.format == 'auto' else data.format}")
-    job.say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
-    job.say(rows.train.preview())
+        say(f"{path}: {described(open_sources([path], data.format))}")
+    say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
+    say(rows.train.preview())
     for reason, number in rows.train.skipped.items():
-        job.say(f"left out: {number:,} samples ({reason})")
+        say(f"left out: {number:,} samples ({reason})")
     if len(rows.train) < config.batch.size:
         raise UsageError(
             f"data.train makes only {len(rows.train)} rows, fewer than batch.size={config.batch.size}; "
@@ -129,12 +126,14 @@ def fit(
     def loader(source: RowSource) -> Loader:
         return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size)
 
+    batches = loader(rows.train)
+    batches.require(total)
     place = job.runtime
     peak = peak_flops(place.device)
     with Progress(config.stage, total=total, enabled=config.tracking.progress and place.is_main) as progress:
         outcome = train(
             engine,
-            loader(rows.train),
+            batches,
             loss_fn,
             total_steps=total,
             manager=CheckpointManager(job.folder.checkpoints, config.checkpoint, place.rank, place.world_size),

@@ -1,12 +1,13 @@
 """Chat templates: Jinja as Hugging Face runs it, in a sandbox that cannot change what it is given.
 
 The conventions are those of `transformers` 5 (`utils/chat_template_utils.py`), so a template renders the same text here
-and there (tested). Left out: tools, documents, and tracking which characters a `{% generation %}` block wrote; the
+and there (tested). Left out: documents, and tracking which characters a `{% generation %}` block wrote; the
 data room learns that from prefixes, which works for every template.
 """
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -53,13 +54,31 @@ def render(
     A template that refuses the conversation (roles that must alternate, say) is a DataError; one that is no Jinja, or
     that reaches for what the sandbox withholds, a UsageError.
     """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    tools, turns = _variables(template, messages)
+    words = {"messages": turns, "tools": tools, "add_generation_prompt": generation_prompt, **special_tokens}
     try:
-        return _compiled(template).render(messages=turns, add_generation_prompt=generation_prompt, **special_tokens)
+        return _compiled(template).render(words)
     except (_Refused, jinja2.UndefinedError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
     except (jinja2.TemplateError, TypeError) as error:
         raise UsageError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from None
+
+
+def _variables(template: str, messages: Sequence[Message]) -> tuple[list[Any] | None, list[dict[str, Any]]]:
+    """(tools, messages) as templates know them. Tools that a template would pass over in silence are a DataError."""
+    tools = [tool for message in messages if message.role == "tools" for tool in json.loads(message.content)]
+    turns = [message for message in messages if message.role != "tools"]
+    for name, needed in (("tools", tools), ("tool_calls", any(turn.tool_calls for turn in turns))):
+        if needed and not re.search(rf"\b{name}\b", template):
+            raise DataError(f"the chat template does not know {name}; give one that does, or samples without")
+    return tools or None, [_turn(turn) for turn in turns]
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.tool_calls)]
+    return turn
 
 
 class _Refused(jinja2.TemplateError):

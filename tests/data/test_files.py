@@ -108,9 +108,19 @@ BROKEN = [
 def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = put(tmp_path, name, content)
     with pytest.raises(DataError) as caught:
-        list(records(path))
+        raise next(filter(None, [raw.error for raw in records(path)]))
     assert str(caught.value).startswith(str(tmp_path / message))
     assert "\n" not in str(caught.value)
+
+
+def test_reading_can_go_on_behind_a_line_that_is_no_record(tmp_path: Path) -> None:
+    path = put(tmp_path, "a.jsonl", '{"a": 1}\n{"a": \n[2]\n{"a": 3}\n')
+    assert [(raw.record, raw.line, raw.error is None) for raw in records(path)] == [
+        ({"a": 1}, 1, True),
+        ({}, 2, False),
+        ({}, 3, False),
+        ({"a": 3}, 4, True),
+    ]
 
 
 def test_missing_files_and_empty_folders(tmp_path: Path) -> None:

@@ -8,13 +8,23 @@ import pytest
 
 import framework
 from framework.core.errors import DataError, UsageError
-from framework.core.records import ConversationSample, Message, PreferenceSample, PromptSample, Sample, TextSample
+from framework.core.records import (
+    ConversationSample,
+    LabelledSample,
+    Message,
+    PreferenceSample,
+    PromptSample,
+    Sample,
+    TextSample,
+)
 from framework.core.registry import register
-from framework.data.formats import read, read_located, recognise
+from framework.data.sources import open_sources, read, read_located, recognise
 from tests.data.conftest import Write
 
 U, A, S = (lambda text: Message("user", text)), (lambda text: Message("assistant", text)), "system"
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+TOOLS = Message("tools", '[{"type": "function", "function": {"name": "f", "parameters": {}}}]')
+CALL = Message("assistant", "", '[{"name": "f", "arguments": {"x": 1}}]')
 GOOD: list[tuple[str, dict[str, Any], Sample]] = [
     ("text", {"text": "春", "meta": 1}, TextSample("春")),
     ("alpaca", {"instruction": "i", "input": "", "output": "o"}, ConversationSample((U("i"), A("o")))),
@@ -34,7 +44,36 @@ GOOD: list[tuple[str, dict[str, Any], Sample]] = [
         {"conversations": [{"from": "observation", "value": "x"}, {"from": "assistant", "value": "a"}]},
         ConversationSample((Message("tool", "x"), A("a"))),
     ),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "tools": '[{"name": "f", "parameters": {}}]',
+            "system_prompt": "s",
+        },
+        ConversationSample((TOOLS, Message(S, "s"), U("q"), CALL, Message("tool", "2"), A("a"))),
+    ),
     ("messages", {"messages": TURNS, "id": 3}, ConversationSample((U("q"), A("a")))),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+                },
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        },
+        ConversationSample((TOOLS, U("q?"), CALL)),
+    ),
     ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, PreferenceSample((U("p"),), "c", "r")),
     (
         "preference",
@@ -51,6 +90,44 @@ GOOD: list[tuple[str, dict[str, Any], Sample]] = [
         {"chosen": TURNS, "rejected": [TURNS[0], {**TURNS[1], "content": "b"}]},
         PreferenceSample((U("q"),), "a", "b"),
     ),
+    ("preference", {"prompt": "p", "chosen": TURNS[1], "rejected": [TURNS[1]]}, PreferenceSample((U("p"),), "a", "a")),
+    (
+        "hh",
+        {
+            "chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: more?\n\nAssistant: good\n\nbetter",
+            "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: more?\n\nAssistant: bad",
+        },
+        PreferenceSample((U("q"), A("a"), U("more?")), "good\n\nbetter", "bad"),
+    ),
+    (
+        "medicalgpt",
+        {
+            "system": "s",
+            "history": [["h", "k"]],
+            "question": "q",
+            "response_chosen": "c",
+            "response_rejected": "r",
+        },
+        PreferenceSample((Message(S, "s"), U("h"), A("k"), U("q")), "c", "r"),
+    ),
+    (
+        "labelled",
+        {"prompt": [TURNS[0]], "completion": [TURNS[1]], "label": False},
+        LabelledSample((U("q"),), "a", False),
+    ),
+    ("labelled", {"prompt": "q", "completion": "a", "label": True}, LabelledSample((U("q"),), "a", True)),
+    (
+        "verl",
+        {
+            "data_source": "gsm8k",
+            "prompt": [TURNS[0]],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "72"},
+            "extra_info": {"split": "train", "index": 0},
+        },
+        PromptSample((U("q"),), "72"),
+    ),
+    ("verl", {"prompt": [TURNS[0]], "reward_model": {"ground_truth": [1, "二"]}}, PromptSample((U("q"),), '[1, "二"]')),
     ("prompt", {"prompt": "p"}, PromptSample((U("p"),))),
     ("prompt", {"prompt": [TURNS[0]], "answer": "42"}, PromptSample((U("q"),), "42")),
 ]
@@ -74,7 +151,7 @@ def test_texts_are_recognised_by_their_blank_lines(write: Write) -> None:
 
 def test_folders_and_several_paths_keep_their_places(write: Write, tmp_path: Path) -> None:
     first, second = write("a.jsonl", [{"text": "1"}]), write("b.txt", ["2", "3"])
-    places = [(p.sample, p.file, p.path, p.line) for p in read_located([str(tmp_path), second])]
+    places = [(p.sample, p.file, p.path, p.line) for p in read_located(open_sources([str(tmp_path), second]))]
     assert places == [
         (TextSample("1"), 0, first, 1),
         (TextSample("2"), 1, second, 1),
@@ -86,7 +163,11 @@ def test_folders_and_several_paths_keep_their_places(write: Write, tmp_path: Pat
 
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("auto", {"body": "x"}, "a.jsonl:2: no known format has the fields body (known: preference: chosen, rejected;"),
+    (
+        "auto",
+        {"body": "x"},
+        "a.jsonl:2: no known format has the fields body (known: medicalgpt: question, response_chosen,",
+    ),
     ("text", {"txt": "x"}, "a.jsonl:2: needs the field 'text'; the record has txt"),
     ("text", {"text": None}, "a.jsonl:2: needs the field 'text'; the record has (none)"),
     ("text", {"text": 3}, "a.jsonl:2: field 'text' must be a string, got int '3'"),
@@ -132,6 +213,32 @@ WRONG: list[tuple[str, Any, str]] = [
         "preference",
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": "big"},
         "a.jsonl:2: field 'margin' must be a number, got str 'big'",
+    ),
+    ("hh", {"chosen": "hello", "rejected": "x"}, "a.jsonl:2: field 'chosen' must begin with"),
+    ("labelled", {"prompt": "p", "completion": "c", "label": 1}, "a.jsonl:2: field 'label' must be true or false, got"),
+    ("verl", {"prompt": "p", "reward_model": "42"}, "a.jsonl:2: field 'reward_model' must be an object with"),
+    ("medicalgpt", {"question": "q", "response_chosen": "c"}, "a.jsonl:2: needs the field 'response_rejected'"),
+    ("sharegpt", {"conversations": TURNS, "tools": "[f"}, "a.jsonl:2: field 'tools' is not JSON: '[f'"),
+    ("sharegpt", {"conversations": TURNS, "tools": {"f": 1}}, "a.jsonl:2: field 'tools' must be a list of functions"),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": "f(1)"}]},
+        "a.jsonl:2: conversations[0]: a tool call is not JSON: 'f(1)'",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]},
+        "a.jsonl:2: messages[0]: a tool call must be an object with 'name' and 'arguments'",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+        "a.jsonl:2: messages[0]: the arguments of a tool call must be an object, got '[1]'",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "a.jsonl:2: messages[0]: 'content' has a part of type 'image_url'; only text can be read",
     ),
     ("prompt", {"prompt": TURNS}, "a.jsonl:2: field 'prompt' ends with an assistant's turn"),
 ]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from framework.core.errors import UsageError
 from framework.data.config import DataConfig
 from framework.data.loader import Loader
-from framework.data.mixture import Mixture, open_parts
+from framework.data.mixture import Mixture, open_parts, tempered
 from tests.data.test_loader import Numbered, Pairs
 
 SIZES = (3, 50, 7)  # rows of three sources
@@ -108,3 +108,57 @@ def test_weights_that_cannot_work_are_refused() -> None:
         DataConfig(train=["a", "b"], weights=[1.0])
     with pytest.raises(UsageError, match=r"data\.weights=\[1\.0, 0\.0\] must all be positive"):
         DataConfig(train=["a", "b"], weights=[1.0, 0.0])
+
+
+def test_a_source_drops_out_at_its_cap_and_the_others_share_the_rest() -> None:
+    """Sizes 3, 50, 7; at most 2, 1 and 3 epochs: 6 + 50 + 21 rows, then the stream ends."""
+    mixed = Mixture([Numbered(size) for size in SIZES], [0.5, 0.3, 0.2], [2, 1, 3])
+    assert mixed.available == 77
+    index = mixed.order(4, np.arange(77))
+    source = np.searchsorted(np.cumsum(SIZES), index, side="right")
+    assert np.bincount(source).tolist() == [6, 50, 21]
+    first_gone = np.flatnonzero(source == 0)[-1] + 1  # after some 12 rows; from then on 3 to 2
+    both = np.bincount(source[first_gone : first_gone + 50], minlength=3)
+    assert np.abs(both - [0, 30, 20]).max() <= 1
+    assert sorted(index[source == 0].tolist()) == [0, 0, 1, 1, 2, 2]
+    one_by_one = [int(mixed.order(4, np.array([p]))[0]) for p in range(77)]
+    assert one_by_one == index.tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 400), st.floats(0.3, 4.0)), min_size=2, max_size=4), st.integers(0, 9))
+def test_caps_are_exact_whatever_the_sizes(sources: list[tuple[int, float]], seed: int) -> None:
+    sizes, caps = [size for size, _ in sources], [cap for _, cap in sources]
+    most = [int(np.floor(size * cap)) for size, cap in sources]
+    if not any(most):
+        return
+    mixed = Mixture([Numbered(size) for size in sizes], [1.0] * len(sizes), caps)
+    index = mixed.order(seed, np.arange(sum(most)))
+    assert mixed.available == sum(most)
+    assert np.bincount(np.searchsorted(np.cumsum(sizes), index, side="right"), minlength=len(sizes)).tolist() == most
+
+
+def test_temperature_by_hand_and_over_many_rows() -> None:
+    assert tempered([100, 1], 2) == pytest.approx([10 / 11, 1 / 11])
+    assert tempered([30, 10], 1) == pytest.approx([0.75, 0.25])
+    assert tempered([30, 10], float("inf")) == [0.5, 0.5]
+    sizes = [90_000, 9_000, 1_000]
+    mixed = mixture(tempered(sizes, 3), tuple(sizes))
+    source = np.searchsorted(np.cumsum(sizes), mixed.order(0, np.arange(100_000)), side="right")
+    roots = np.cbrt(sizes)
+    assert np.abs(np.bincount(source) / 1e5 - roots / roots.sum()).max() < 0.01
+
+
+def test_caps_and_temperature_of_a_recipe_make_a_mixture() -> None:
+    opened = open_parts(DataConfig(train=["a", "b"], max_epochs=[2.0]), "train", lambda config: Numbered(4))
+    assert isinstance(opened, Mixture)
+    assert opened.available == 16
+    with pytest.raises(
+        UsageError, match=r"the run takes 20 rows and data\.max_epochs allows 16; shorten it to 4 steps"
+    ):
+        Loader(opened, 4, 0).require(5)
+    flat = open_parts(DataConfig(train=["a", "b"], temperature=5.0), "train", lambda config: Numbered(4))
+    assert isinstance(flat, Mixture)
+    for words in ({"temperature": -1.0}, {"temperature": 1.0, "weights": [1.0, 1.0]}, {"max_epochs": [1.0, 2.0, 3.0]}):
+        with pytest.raises(UsageError, match=r"data\.(temperature|max_epochs)="):
+            DataConfig(train=["a", "b"], **words)  # type: ignore[arg-type]

@@ -113,10 +113,10 @@ def test_parts_and_what_is_missing(tokenizer: Tokenizer, write: Write, tmp_path:
     train, valid = write("a.txt", ["a", "b"]), write("b.txt", ["c"])
     config = DataConfig(train=[train], valid=[valid], max_tokens=8)
     assert [open_rows(config, part, tokenizer, tmp_path, 0).num_tokens for part in ("train", "valid")] == [4, 2]
-    with pytest.raises(UsageError, match=r"no validation data: set data\.valid or data\.valid_share"):
+    with pytest.raises(UsageError, match=r"no validation data: set data\.valid to files"):
         open_rows(DataConfig(train=[train]), "valid", tokenizer, tmp_path, 0)
-    with pytest.raises(DataError, match=r"no sample left for data\.valid: 0 read, data\.valid_share=1e-09"):
-        open_rows(DataConfig(train=[train], valid_share=1e-9), "valid", tokenizer, tmp_path, 0)
+    with pytest.raises(DataError, match=r"no sample left for data\.valid: 0 read, data\.valid=1e-09"):
+        open_rows(DataConfig(train=[train], valid=["1e-9"]), "valid", tokenizer, tmp_path, 0)
     with pytest.raises(DataError, match=r"c\.jsonl:1: pretraining takes plain texts"):
         open_rows(DataConfig(train=[write("c.jsonl", [{"prompt": "p"}])]), "train", tokenizer, tmp_path, 0)
 

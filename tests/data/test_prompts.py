@@ -46,5 +46,5 @@ def test_refusals(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
     path = write("a.jsonl", [{"prompt": "abcdef"}])
     with pytest.raises(UsageError, match=r"rollout\.max_prompt_tokens=6 .* set rollout\.max_prompt_tokens=10"):
         open_rows(DataConfig(train=[path], max_tokens=6), "train", tokenizer, tmp_path, 0)
-    with pytest.raises(DataError, match=r"b\.jsonl:1: prompts come from the formats"):
+    with pytest.raises(DataError, match=r"b\.jsonl:1: prompts come from prompts, pairs, labelled answers"):
         open_rows(DataConfig(train=[write("b.jsonl", [{"text": "x"}])]), "train", tokenizer, tmp_path, 0)

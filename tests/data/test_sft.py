@@ -9,6 +9,9 @@ from framework.core.errors import DataError, UsageError
 from framework.core.records import Tokenizer
 from framework.data.config import DataConfig
 from framework.data.sft import open_rows
+from framework.tokenization.config import TokenizerConfig, TokenizerKind
+from framework.tokenization.load import load
+from framework.tokenization.train import train
 from tests.data.conftest import Write
 
 RECORDS = [
@@ -63,3 +66,26 @@ def test_other_samples_and_refusing_templates_are_named(tokenizer: Tokenizer, wr
     path = write("b.jsonl", [fine, {"messages": turns}])
     with pytest.raises(DataError, match=r"b\.jsonl:2: the chat template refuses this conversation: no role 'tool'"):
         open_rows(DataConfig(train=[path]), "train", tokenizer, tmp_path, 0)
+
+
+def test_of_labelled_answers_the_good_ones_are_imitated(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
+    answers = [{"prompt": "hi", "completion": text, "label": text == "yo"} for text in ("yo", "no")]
+    rows = open_rows(DataConfig(train=[write("a.jsonl", answers)], max_tokens=20), "train", tokenizer, tmp_path, 0)
+    assert rows.preview() == "<|end|><|user|>hi<|end|><|assistant|>«yo<|end|>»"
+    assert rows.skipped == {"labelled as a bad answer": 1}
+
+
+def test_a_call_of_a_tool_is_trained_and_its_result_is_not(write: Write, tmp_path: Path) -> None:
+    template = (
+        "{% if tools %}{{ tools | map(attribute='function.name') | join(',') }}{% endif %}{% for m in messages %}"
+        "{{ '<|' + m.role + '|>' + m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+        "{% endfor %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    learned = train(iter(["abc"]), TokenizerConfig(kind=TokenizerKind.CHARACTER, vocab_size=270))
+    learned.save(str(tmp_path / "tokenizer"))
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(template)
+    turns = [("human", "q"), ("function_call", '{"name": "f"}'), ("observation", "2"), ("gpt", "a")]
+    record = {"conversations": [{"from": who, "value": said} for who, said in turns], "tools": '[{"name": "f"}]'}
+    config = DataConfig(train=[write("a.jsonl", [record])], max_tokens=64)
+    rows = open_rows(config, "train", load(tmp_path / "tokenizer"), tmp_path, 0)
+    assert rows.preview() == ("f<|user|>q<|end|><|assistant|>«f<|end|>»<|tool|>2<|end|><|assistant|>«a<|end|>»")

@@ -1,5 +1,7 @@
 """Templates render as transformers renders them, errors included, and cannot reach out of the sandbox."""
 
+import json
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -53,3 +55,36 @@ def test_a_template_that_refuses_blames_the_data() -> None:
 def test_broken_or_reaching_templates_are_refused(template: str) -> None:
     with pytest.raises(UsageError, match="chat template"):
         render(template, CHAT, False, TOKENS)
+
+
+TOOLS = (
+    "{% if tools %}{{ '<tools>' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '</tools>' }}{% endif %}"
+    "{% for m in messages %}{{ '<' + m.role + '>' + (m.content or '') }}{% for call in m.tool_calls or [] %}"
+    "{{ '<call>' + call.function.name + (call.function.arguments | tojson) }}{% endfor %}{% endfor %}"
+)
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"x": "長"}}}
+
+
+def test_tools_and_calls_render_as_transformers_renders_them() -> None:
+    call = {"name": "f", "arguments": {"x": 1, "y": ["é"]}}
+    chat = [
+        Message("tools", json.dumps([FUNCTION])),
+        Message("user", "q"),
+        Message("assistant", "", json.dumps([call])),
+        Message("tool", "2"),
+    ]
+    theirs = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "2"},
+    ]
+    texts, _ = render_jinja_template([theirs], tools=[FUNCTION], chat_template=TOOLS, **TOKENS)
+    assert render(TOOLS, chat, False, TOKENS) == texts[0]
+    assert texts[0].count("<call>f") == 1
+
+
+def test_tools_that_a_template_would_pass_over_are_refused() -> None:
+    with pytest.raises(DataError, match="the chat template does not know tools; give one that does"):
+        render(CHATML, [Message("tools", json.dumps([FUNCTION])), *CHAT], False, TOKENS)
+    with pytest.raises(DataError, match="the chat template does not know tool_calls"):
+        render(CHATML, [*CHAT, Message("assistant", "", '[{"name": "f", "arguments": {}}]')], False, TOKENS)
