@@ -33,7 +33,7 @@ def test_stage_help_lists_the_keys_and_choices(stage: str, capsys: pytest.Captur
     assert main([stage, "--help"]) == 0
     text = capsys.readouterr().out
     assert "seed=0" in text
-    assert "tracking=none|tensorboard|wandb" in text
+    assert "tracking=none|swanlab|tensorboard|wandb" in text
 
 
 def test_under_a_hundred_keys_a_stage(capsys: pytest.CaptureFixture[str]) -> None:

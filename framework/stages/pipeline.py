@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from framework.tracking.status import duration
 
 def run(config: PipelineRun, members: Sequence[RunConfig]) -> Run:
     """Run the members in order; a finished one (equal recipe, equal parents) is only looked at."""
+    # Its stages are tracked, as runs of one group; it has no curve, and a tracker may know one run a process only.
+    config = replace(config, tracking=replace(config.tracking, kind="none"))
     console = Console()
     identity = {"members": {member.stage: plain(member) for member in members}}
     with open_job(config, recipe=identity) as job:

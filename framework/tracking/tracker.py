@@ -85,7 +85,7 @@ class TensorBoardTracker:
 @register("tracker", "wandb")
 class WandbTracker:
     """Weights & Biases; offline where there is no account (WANDB_MODE decides where it is set). A run that is continued
-    continues there too: its id is kept in the run folder."""
+    continues there too: its id is kept in the run folder. A sweep's agent chooses the id, and finds the run by it."""
 
     def __init__(self, folder: Path, config: TrackingConfig, recipe: Mapping[str, Any]):
         try:
@@ -101,7 +101,7 @@ class WandbTracker:
             "project": config.project,
             "group": config.group or None,
             "name": str(recipe.get("name", folder.name)),
-            "id": _run_id(folder),
+            "id": _run_id(folder, "wandb", os.environ.get("WANDB_RUN_ID")),
             "resume": "allow",
             "dir": str(folder),
             "config": dict(recipe),
@@ -127,14 +127,63 @@ class WandbTracker:
         self._run.finish()
 
 
+@register("tracker", "swanlab")
+class SwanlabTracker:
+    """SwanLab; offline where there is no key (its own settings decide the mode where they name one). A run that is
+    continued keeps its id."""
+
+    def __init__(self, folder: Path, config: TrackingConfig, recipe: Mapping[str, Any]):
+        try:
+            import swanlab
+        except ImportError:
+            raise _missing("swanlab") from None
+        run_id = _run_id(folder, "swanlab", os.environ.get("SWANLAB_RUN_ID"))
+        words: dict[str, Any] = {
+            "project": config.project,
+            "group": config.group or None,
+            "name": str(recipe.get("name", folder.name)),
+            "id": run_id,
+            "resume": "allow",
+            "log_dir": str(folder / "swanlab"),
+            "config": dict(recipe),
+        }
+        try:
+            # Without a proxy of our terminal and without questions: the progress bar and logs/ are ours.
+            settings = swanlab.Settings(terminal={"proxy_type": "none"}, interactive=False)
+            has_mode = "mode" in settings.model_fields_set
+            words["mode"] = settings.mode if has_mode else "online" if settings.api_key else "offline"
+            self._run = swanlab.init(**words, settings=settings)
+        except Exception as error:  # it has no error of its own: pydantic's, requests', RuntimeError
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"tracking=swanlab cannot start: {reason}; SWANLAB_MODE=offline goes without a network"
+            ) from None
+        if words["mode"] == "offline":
+            print(f"swanlab: offline; upload later with: swanlab sync --id {run_id} FOLDER, for each folder in turn "
+                  f"of {folder}/swanlab/run-*", file=sys.stderr)  # fmt: skip
+        self._last = 0
+
+    def log(self, step: int, figures: Figures) -> None:
+        self._last = step
+        self._run.log(dict(figures), step=step)
+
+    def finish(self, figures: Figures) -> None:
+        # It keeps no summary beside the curves: the final figures are curves of one point.
+        self._run.log({f"final/{name}": value for name, value in figures.items()}, step=self._last)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 def _missing(extra: str) -> UsageError:
     return UsageError(f'tracking={extra} needs a package that is not installed: pip install "framework[{extra}]"')
 
 
-def _run_id(folder: Path) -> str:
-    path = folder / "wandb_id"
+def _run_id(folder: Path, kind: str, chosen: str | None) -> str:
+    """The id that this run has at `kind`: kept in the folder, where it began as `chosen` or as a random one."""
+    path = folder / f"{kind}_id"
     if not path.exists():
-        replace_text(path, secrets.token_hex(4))
+        replace_text(path, chosen or secrets.token_hex(4))
     return path.read_text()
 
 

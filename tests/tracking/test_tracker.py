@@ -1,5 +1,6 @@
 """Each tracker for real: event files that tensorboard reads, an offline wandb run that continues, a missing package."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +15,29 @@ from framework.tracking import tracker
 from framework.tracking.config import TrackingConfig
 from framework.tracking.folder import RunFolder
 from framework.tracking.tracker import open_tracker
+from tests.journals import swanlab_attempts, wandb_attempts
 
 
-def run(path: Path, kind: str, steps: range) -> RunFolder:
+def run(path: Path, kind: str, steps: range, final: float | None = None) -> RunFolder:
+    """An attempt that logs `steps`, and finishes where it has a `final` figure."""
     folder = RunFolder.open(path, {"name": "try", "tracking": {"kind": kind, "group": "g"}})
     folder.cut_back(steps.start - 1)
     for step in steps:
         folder.log(step, {"train/loss": 1.0 / step, "odd": float("nan")})
+    if final is not None:
+        folder.finish({"figures": {"valid/loss": final}})
     folder.close()
     return folder
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this machine's settings for wandb or swanlab."""
+    for name in os.environ:
+        if name.startswith(("WANDB_", "SWANLAB_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path / "none"))
 
 
 def test_an_unknown_kind_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -30,7 +45,9 @@ def test_an_unknown_kind_is_answered_with_the_nearest(tmp_path: Path) -> None:
         open_tracker(tmp_path, TrackingConfig(kind="wanbd"), {})
 
 
-@pytest.mark.parametrize(("kind", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("kind", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("swanlab", "swanlab")]
+)
 def test_a_missing_package_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str
 ) -> None:
@@ -80,18 +97,48 @@ def test_tensorboard_files_hold_the_figures_and_a_resume_hides_what_it_does_agai
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([1 / s for s in range(1, 8)])
 
 
-def test_wandb_offline_for_real_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_attempts_are_one_wandb_run_with_our_steps_as_its_axis(tmp_path: Path, no_account: None) -> None:
     pytest.importorskip("wandb")
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    run(tmp_path / "run", "wandb", range(1, 4))
-    run_id = (tmp_path / "run" / "wandb_id").read_text()
-    run(tmp_path / "run", "wandb", range(3, 5))
-    written = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert written
-    assert any(b"train/loss" in path.read_bytes() for path in written)
-    assert (tmp_path / "run" / "wandb_id").read_text() == run_id
+    run(tmp_path, "wandb", range(1, 4))
+    run(tmp_path, "wandb", range(3, 6), final=2.0)
+    first, second = wandb_attempts(tmp_path)
+    assert first.run_id == second.run_id == (tmp_path / "wandb_id").read_text()
+    assert first.group == second.group == "g"
+    assert first.axes == second.axes == {"*": "step"}
+    assert first.points == [(step, "train/loss", pytest.approx(1 / step)) for step in (1, 2, 3)]
+    assert second.points == [(step, "train/loss", pytest.approx(1 / step)) for step in (3, 4, 5)]
+    assert second.summary["train/loss"] == pytest.approx(1 / 5)
+    assert second.summary["final/valid/loss"] == 2.0
+
+
+def test_a_sweep_s_agent_chooses_the_id(tmp_path: Path, no_account: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen42")
+    run(tmp_path, "wandb", range(1, 2))
+    monkeypatch.setenv("WANDB_RUN_ID", "another7")
+    run(tmp_path, "wandb", range(2, 3))
+    assert [attempt.run_id for attempt in wandb_attempts(tmp_path)] == ["chosen42", "chosen42"]
+
+
+def test_two_attempts_are_one_swanlab_run_with_our_steps(tmp_path: Path, no_account: None) -> None:
+    pytest.importorskip("swanlab")
+    run(tmp_path, "swanlab", range(1, 4))
+    run(tmp_path, "swanlab", range(3, 6), final=2.0)
+    first, second = swanlab_attempts(tmp_path)
+    assert first.run_id == second.run_id == (tmp_path / "swanlab_id").read_text()
+    assert first.group == second.group == "g"
+    assert first.points == [(step, "train/loss", pytest.approx(1 / step)) for step in (1, 2, 3)]
+    assert second.points[:-1] == [(step, "train/loss", pytest.approx(1 / step)) for step in (3, 4, 5)]
+    assert second.points[-1] == (5, "final/valid/loss", 2.0)
+
+
+def test_a_swanlab_that_cannot_start_is_one_line(
+    tmp_path: Path, no_account: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("swanlab")
+    monkeypatch.setenv("SWANLAB_MODE", "online")
+    with pytest.raises(UsageError, match=r"tracking=swanlab cannot start: .*; SWANLAB_MODE=offline goes without"):
+        run(tmp_path, "swanlab", range(1, 2))
 
 
 @pytest.mark.parametrize(
