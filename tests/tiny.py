@@ -10,6 +10,7 @@ WORDS = [
     "device=cpu",
     "threads=1",
     "tracking.every=1",
+    "tracking.digest_every=1",
     "tracking.progress=false",
     "pretrain.model.hidden_size=32",
     "pretrain.model.num_layers=1",

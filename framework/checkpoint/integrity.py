@@ -51,6 +51,11 @@ def tensor_hash(tensor: Tensor, box: Box | None = None, shape: Sequence[int] | N
     return total % MODULUS
 
 
+def signed(hash_: int) -> int:
+    """A hash as an int64 holds it; sums of int64 wrap, which is the modulus."""
+    return hash_ - MODULUS if hash_ >= MODULUS // 2 else hash_
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's content as hex."""
     with path.open("rb") as stream:

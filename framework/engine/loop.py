@@ -16,6 +16,7 @@ from framework.engine.metrics import means, merge
 from framework.engine.pace import Pace
 from framework.engine.profiler import profiling
 from framework.engine.protocol import Engine, LossFn, StepReport
+from framework.tracking.config import DIGEST
 
 Figures = dict[str, float]
 PART = "trainer"  # of a checkpoint: the engine's shards
@@ -31,7 +32,7 @@ class Batches(Protocol):
 class Journal(Protocol):
     """Where figures go; `tracking.folder.RunFolder` is one."""
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None: ...
     def advance(self, step: int, total: int) -> None: ...  # cheap, every step
     def cut_back(self, step: int) -> None: ...  # forget what came after the restored step
 
@@ -68,21 +69,23 @@ def train(
     every: int = 10,
     validate_every: int = 0,
     checkpoint_every: int = 0,
+    digest_every: int = 0,
     profile: Path | None = None,
     peak_flops: float | None = None,
 ) -> Outcome:
     """Go on from the newest checkpoint until `total_steps` are done. Collective.
 
-    `every`, `validate_every` and `checkpoint_every` are in steps; 0 = at the end only. `profile` is a folder for a
+    `every`, `validate_every` and `checkpoint_every` are in steps; 0 = at the end only. `digest_every` too; 0 = never,
+    else from step 0 on. `profile` is a folder for a
     trace of steps 3 to 5; `peak_flops` are a second's, of all ranks together. Figures are logged before the checkpoint
     of their step, which remembers those of that step for `best`. Raises Interrupted, after saving, once any rank was
     asked to stop.
     """
     course = resume(engine, manager)
     folder.cut_back(course.step)
-    if valid and course.step == 0:
-        course.before = _named("valid", evaluate(engine, valid, loss_fn))
-        folder.log(0, course.before)
+    if course.step == 0:
+        course.before = _named("valid", evaluate(engine, valid, loss_fn)) if valid else {}
+        _log(folder, 0, course.before, _digest(engine, 0, digest_every))
     pace = Pace(peak_flops)
     figures: Figures = {}  # of one step
     speed: Figures = {}  # beside them, and in no checkpoint: they are not the same twice
@@ -102,9 +105,8 @@ def train(
                 speed = _named("train", pace.take())
             if valid and (last or _due(course.step, validate_every)):
                 figures |= _named("valid", evaluate(engine, valid, loss_fn))
-            if figures:
-                course.figures |= figures
-                folder.log(course.step, figures | speed)
+            course.figures |= figures
+            _log(folder, course.step, figures | speed, _digest(engine, course.step, digest_every))
             folder.advance(course.step, total_steps)
             progress(course.step, **_shown(figures))
             stopping = agreed(stop.requested)
@@ -139,6 +141,16 @@ def describe(metrics: Metrics, report: StepReport) -> Figures:
 
 def _named(prefix: str, figures: Figures) -> Figures:
     return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+
+def _log(folder: Journal, step: int, figures: Figures, digest: dict[str, str]) -> None:
+    """One line, where there is anything to say."""
+    if figures or digest:
+        folder.log(step, {**figures, **digest})
+
+
+def _digest(engine: Engine, step: int, every: int) -> dict[str, str]:
+    return {DIGEST: engine.digest()} if _due(step, every) else {}
 
 
 def _due(step: int, every: int) -> bool:

@@ -52,6 +52,12 @@ class Engine(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, full tensor) of every parameter, one at a time. Collective."""
 
+    def fingerprints(self) -> dict[str, int]:
+        """The hash of this rank's part of every parameter, by logical name; over ranks they add up modulo 2**64."""
+
+    def digest(self) -> str:
+        """16 hex digits that name the bits of all parameters, however they are laid out. Collective."""
+
     def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
         """This rank's part of parameters ("model/NAME") and optimizer states ("optim/KIND/NAME"), without overlap
         between ranks."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.checkpoint.integrity import signed, tensor_hash
+from framework.core.config import digest
 from framework.core.errors import NonFiniteError
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores, count
 from framework.core.runtime import Runtime
@@ -219,6 +221,19 @@ class TorchEngine:
             with deadline(f"the gathering of {name}"):
                 weight = full(parameter)
             yield name, weight
+
+    def fingerprints(self) -> dict[str, int]:
+        """See `protocol.Engine`."""
+        is_first = self.data_rank == 0
+        mine = {name: p for name, p in self._parameters.items() if is_owner(p, is_first)}
+        return {name: tensor_hash(local(p), box_of(p), p.shape) for name, p in mine.items()}
+
+    def digest(self) -> str:
+        """See `protocol.Engine`."""
+        mine = self.fingerprints()
+        hashes = [signed(mine.get(name, 0)) for name in self._parameters]
+        total = self.ranks.sum(torch.tensor(hashes, device=self.device), "the weights' hashes")
+        return digest(dict(zip(self._parameters, total.tolist(), strict=True)))
 
     def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
         """See `protocol.Engine`."""

@@ -27,6 +27,7 @@ from framework.stages.config import PpoRun
 from framework.stages.job import Job, Run, open_job
 from framework.stages.roles import Roles, open_roles
 from framework.tokenization.load import load as load_tokenizer
+from framework.tracking.config import DIGEST
 from framework.tracking.progress import Progress
 from framework.workers.config import KlControl, PpoConfig
 
@@ -69,11 +70,13 @@ def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: A
     job.folder.cut_back(state.iteration)
     if not state.before:
         state = replace(state, before=assessor.assess(0))
+    if state.iteration == 0 and (first := weights_digest(config, roles, 0)):
+        job.folder.log(0, first)
     total = config.ppo.iterations
     with Progress("ppo", total, "iterations", state.iteration, config.tracking.progress) as progress:
         while state.iteration < total:
             state, figures = iterate(job, config, roles, prompts, state)
-            job.folder.log(state.iteration, figures)
+            job.folder.log(state.iteration, {**figures, **weights_digest(config, roles, state.iteration)})
             job.folder.advance(state.iteration, total)
             progress(state.iteration, score=figures["ppo/score/mean"], kl=figures["ppo/kl/response"])
             stopping = job.stop.requested
@@ -96,6 +99,12 @@ def iterate(job: Job, config: PpoRun, roles: Roles, prompts: Loader, state: Stat
     show_rollout(job, roles.tokenizer, experience, judged.scores, state.iteration + 1)
     coefficient = next_coefficient(config.ppo, state.kl_coefficient, figures["ppo/kl/response"], len(rollout))
     return replace(state, iteration=state.iteration + 1, kl_coefficient=coefficient), figures
+
+
+def weights_digest(config: PpoRun, roles: Roles, iteration: int) -> dict[str, str]:
+    """The actor's digest where the recipe asks for one at this iteration: what two runs are compared by."""
+    every = config.tracking.digest_every
+    return {DIGEST: roles.digest()} if every and iteration % every == 0 else {}
 
 
 def resume(config: PpoRun, roles: Roles, manager: CheckpointManager) -> State:

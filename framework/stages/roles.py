@@ -48,6 +48,11 @@ class Roles:
         """Give the generator the actor's weights as policy `version`, and prove it (law Sync)."""
         return publish(self.actor, self.generator, version, self.canary, self.strict)
 
+    def digest(self) -> str:
+        """16 hex digits that name the bits of the actor's weights."""
+        digest: str = self.actor.digest().result()
+        return digest
+
     def answer(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
         """`samples` responses a prompt from the policy last published."""
         rollout: Rollout = self.generator.generate(prompts, samples=samples, seed=seed).result()

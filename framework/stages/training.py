@@ -144,6 +144,7 @@ def fit(
             every=config.tracking.every,
             validate_every=config.train.validate_every,
             checkpoint_every=config.checkpoint.every,
+            digest_every=config.tracking.digest_every,
             profile=config.folder / "profile" if config.train.profile else None,
             peak_flops=peak and peak * place.world_size,
         )

@@ -84,13 +84,14 @@ class RunFolder:
         summary = self.summary
         return summary.get("digest") == self.identity.digest and self.identity.reaches(summary.get("lengths", {}))
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append one object to metrics.jsonl and pass it to the tracker. A figure that is not finite becomes null."""
+    def log(self, step: int, figures: Mapping[str, float | str]) -> None:
+        """Append one object to metrics.jsonl and pass its numbers to the tracker. One that is not finite becomes null;
+        a string (a digest) stays in the file alone."""
         if not self._may_write():
             return
-        clean = {name: _number(value) for name, value in figures.items()}
+        clean = {name: value if isinstance(value, str) else _number(value) for name, value in figures.items()}
         _append(self.path / "metrics.jsonl", {"step": step, **clean})
-        self._tracker.log(step, {name: value for name, value in clean.items() if value is not None})
+        self._tracker.log(step, {n: value for n, value in clean.items() if isinstance(value, int | float)})
 
     def sample(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one object to samples.jsonl: {"step": ..., "prompt": ..., "response": ..., ...}."""

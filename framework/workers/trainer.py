@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from framework.checkpoint.format import PartReader, write_part
-from framework.checkpoint.integrity import tensor_hash
 from framework.cluster.marks import every, same
 from framework.core.records import Box, ReadBox
 from framework.core.runtime import Runtime
 from framework.engine.protocol import Engine
 from framework.engine.torch_engine import build_engine
 from framework.models.hub import read_folder, save_weights
-from framework.models.init import parameter_shapes
 from framework.workers.config import EngineSpec
 
 
@@ -75,13 +73,12 @@ class Trainer:
     @every
     def fingerprints(self) -> dict[str, int]:
         """The hash of this rank's part of every parameter, by logical name; over ranks they add up modulo 2**64."""
-        shapes = parameter_shapes(self.model)
-        prefix = "model/"
-        return {
-            name.removeprefix(prefix): tensor_hash(tensor, box, shapes.get(name.removeprefix(prefix)))
-            for name, box, tensor in self.engine.shards()
-            if name.startswith(prefix)
-        }
+        return self.engine.fingerprints()
+
+    @same
+    def digest(self) -> str:
+        """16 hex digits that name the bits of all parameters, however they are laid out."""
+        return self.engine.digest()
 
 
 def _with_zero_head(read: ReadBox) -> ReadBox:

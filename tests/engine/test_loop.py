@@ -153,6 +153,18 @@ def test_a_killed_run_forgets_what_no_checkpoint_holds(tmp_path: Path) -> None:
     assert rest.lines == journal.lines
 
 
+def test_digests_stand_at_their_steps_and_name_the_weights(tmp_path: Path) -> None:
+    _, engine, journal = go(tmp_path / "plain", digest_every=3)
+    digests = {line["step"]: line["weights/digest"] for line in journal.lines if "weights/digest" in line}
+    assert sorted(digests) == [0, 3, 6]
+    assert len(set(digests.values())) == 3
+    assert digests[6] == engine.digest()
+    with pytest.raises(Interrupted):
+        go(tmp_path / "stopped", stop_at=3, digest_every=3)
+    _, _, rest = go(tmp_path / "stopped", digest_every=3)
+    assert rest.lines == journal.lines
+
+
 def test_a_finished_run_has_nothing_to_do_and_the_same_outcome(tmp_path: Path) -> None:
     first, _, _ = go(tmp_path)
     again, engine, journal = go(tmp_path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from framework.core.errors import NonFiniteError
 from framework.core.records import Counts, Metrics, PreferenceBatch, Rollout, Rows, Scores, count
+from framework.core.runtime import Runtime
 from framework.engine.config import EngineConfig, NonFinite, Precision
 from framework.engine.metrics import means
 from framework.engine.protocol import Engine, LossFn
@@ -20,7 +21,11 @@ from framework.models.transformer import Transformer
 from framework.objectives.language import next_token_loss
 from framework.optim.build import is_decayed
 from framework.optim.schedule import learning_rate
+from framework.parallel.config import ParallelConfig
+from tests.distributed import run_ranks
 from tests.engine.cases import (
+    DDP,
+    FSDP,
     OPTIM,
     TIED,
     UNTIED,
@@ -308,6 +313,31 @@ def test_weights_come_whole_under_the_names_of_the_model() -> None:
     assert names["value_head.weight"] == (1, 20)
     assert names["layers.0.attention.q.weight"] == (20, 20)
     assert "head.weight" not in names
+
+
+def _digest_of(runtime: Runtime, layout: ParallelConfig) -> str:
+    return build(runtime, layout, value_head=True, model=UNTIED).digest()
+
+
+@pytest.mark.parametrize("layout", [FSDP, DDP], ids=lambda layout: layout.name)
+def test_a_digest_does_not_know_how_the_weights_lie(layout: ParallelConfig) -> None:
+    alone = build(value_head=True, model=UNTIED).digest()
+    assert len(alone) == 16
+    assert run_ranks(_digest_of, 2, layout) == [alone, alone]
+
+
+def test_a_digest_sees_one_bit_and_which_tensor_it_is_in() -> None:
+    engine, other = build(model=UNTIED), build(model=UNTIED)
+    assert engine.digest() == other.digest()
+    weight = other._parameters["layers.0.attention.q.weight"].data
+    weight.view(torch.int32)[3, 5] ^= 1
+    assert engine.digest() != other.digest()
+    swapped = build(model=UNTIED)
+    q, o = (swapped._parameters[f"layers.0.attention.{n}.weight"].data for n in ("q", "o"))
+    q_before = q.clone()
+    q.copy_(o)
+    o.copy_(q_before)
+    assert swapped.digest() != engine.digest()
 
 
 def test_values_and_classes_learn() -> None:

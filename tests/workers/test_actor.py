@@ -151,6 +151,7 @@ def test_a_checkpoint_brings_back_the_same_bits(actor: Actor, folder: str, rollo
     again.restore(str(manager.latest().folder))
     again.published(0)
     assert again.fingerprints() == actor.fingerprints()
+    assert again.digest() == actor.digest() != Actor(PLACE, spec(folder), PPO).digest()
     assert actor.update(batch) == again.update(batch)
     assert again.fingerprints() == actor.fingerprints()
 

@@ -115,5 +115,6 @@ def test_what_two_ranks_save_one_process_restores(
     for part in on_ray["actor"].fingerprints().result():
         together = {name: (together.get(name, 0) + part.get(name, 0)) % 2**64 for name in together | part}
     assert alone.fingerprints() == together
+    assert alone.digest() == on_ray["actor"].digest().result()
     assert alone.engine.step_count == 1
     on_ray["actor"].restore(str(checkpoint.folder)).result()
