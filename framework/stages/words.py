@@ -1,4 +1,4 @@
-"""The words of a tool as argparse reads them, with our kind of error."""
+"""The ordinary arguments of tools: argparse, whose complaints leave as one line with exit code 2."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,8 @@ from framework.core.errors import UsageError
 
 
 class Words(argparse.ArgumentParser):
-    """A wrong word is a UsageError: one line, exit code 2."""
+    """`--help` prints and leaves with 0."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse, as every wrong word is refused."""
         raise UsageError(message)

@@ -10,21 +10,20 @@ Everything is read from run folders, so the page can be made again at any time:
 Left out: everything that is not in those files.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from framework.core.errors import UsageError
-from framework.tracking.atomic import replace_text
 from framework.tracking.chart import Chart, Points, draw, number
+from framework.tracking.journal import read_lines, read_object
 from framework.tracking.lineage import Lineage, lay_out
+from framework.tracking.page import write_page
 from framework.tracking.rollout import Rollout, read_rollout
-from framework.tracking.status import duration, read_status
+from framework.tracking.status import read_status
 
 _SHOWN_CHARTS, _SHOWN_SAMPLES = 6, 6
 
@@ -75,28 +74,21 @@ def write_report(path: Path, folders: Sequence[Path], title: str = "") -> Path:
         raise UsageError(f"no run folder among {', '.join(map(str, folders)) or '(none)'}: nothing to report")
     labels = _labels(found)
     stages = [read_stage(folder, labels) for folder in found]
-    environment = Environment(
-        loader=PackageLoader("framework.tracking", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "duration": duration}
-    page = environment.get_template("report.html").render(
+    return write_page(
+        Path(path),
+        "report.html",
         title=title or Path(path).resolve().parent.name,
         stages=stages,
         lineage=_lineage(stages),
         seconds=sum(stage.seconds for stage in stages),
         facts=_facts(stages),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, page)
-    return path
 
 
 def read_stage(folder: Path, labels: Mapping[Path, str]) -> Stage:
     """What the page shows of one run; `labels`: folder -> name of the runs among which its parents are looked for."""
-    status, summary = read_status(folder), _json(folder / "summary.json") or {}
-    charts = _charts(_json_lines(folder / "metrics.jsonl"))
+    status, summary = read_status(folder), read_object(folder / "summary.json") or {}
+    charts = _charts(read_lines(folder / "metrics.jsonl"))
     return Stage(
         name=labels[folder],
         stage=str(summary.get("stage") or (status.stage if status else "") or folder.name),
@@ -105,7 +97,7 @@ def read_stage(folder: Path, labels: Mapping[Path, str]) -> Stage:
         learned=_learned(summary),
         charts=charts[:_SHOWN_CHARTS],
         more_charts=charts[_SHOWN_CHARTS:],
-        answers=_answers(_json_lines(folder / "samples.jsonl"))[:_SHOWN_SAMPLES],
+        answers=_answers(read_lines(folder / "samples.jsonl"))[:_SHOWN_SAMPLES],
         rollout=read_rollout(folder / "rollout.json"),
         digest=str(summary.get("digest", "")),
         parents=_parents(folder, status.parents if status else {}, labels),
@@ -182,7 +174,7 @@ def _parents(folder: Path, digests: dict[str, str], labels: Mapping[Path, str]) 
 
 
 def _checkpoints(folder: Path) -> tuple[dict[str, Any], ...]:
-    manifests = [_json(path) for path in sorted((folder / "checkpoints").glob("step_*/manifest.json"))]
+    manifests = [read_object(path) for path in sorted((folder / "checkpoints").glob("step_*/manifest.json"))]
     return tuple(m for m in manifests if m is not None and {"step", "metrics", "sha256"} <= set(m))
 
 
@@ -199,25 +191,3 @@ def _facts(stages: Sequence[Stage]) -> dict[str, str]:
     facts = {"commit": summary.get("commit"), "seed": summary.get("seed"), "machine": summary.get("machine")}
     facts |= summary.get("versions", {})
     return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none, or what stands there is no object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects with a step; a line torn by a kill is passed over."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int | float):
-            found.append(content)
-    return found
