@@ -30,7 +30,7 @@ def open_prompts(
     config: PpoRun, tokenizer: Tokenizer, open_rows: Callable[..., RowSource], say: Callable[[str], None]
 ) -> tuple[Loader, RowSource]:
     """The training prompts as batches, and the held-out ones (the training ones where the recipe names none)."""
-    data = located(config.data)
+    data = located(config.data, say)
     data = replace(data, valid=data.valid or data.train, max_tokens=config.rollout.max_prompt_tokens)
     opened = [open_rows(data, part, tokenizer, config.prepared, config.seed) for part in ("train", "valid")]
     say(f"{len(opened[0]):,} prompts, {len(opened[1]):,} held out; the first one:\n{opened[0].preview()}")

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from framework.core.config import find_file
 from framework.core.errors import DataError, Interrupted, UsageError
 from framework.core.runtime import Runtime, StopRequest, start
 from framework.data.config import DataConfig
-from framework.data.sources import open_sources
+from framework.data.sources import described, open_sources
 from framework.stages.config import NOT_IN_HASH, RunConfig, TrainingRun
 from framework.stages.plan import plain
 from framework.tracking.folder import RunFolder
@@ -111,12 +111,14 @@ def load_extensions(names: list[str]) -> None:
                 raise UsageError(f"extensions: cannot import '{name}': {error}") from None
 
 
-def located(data: DataConfig) -> DataConfig:
-    """`data` with its paths as they are found; one that leads nowhere, or to no known format, is named with its key."""
+def located(data: DataConfig, say: Callable[[str], None]) -> DataConfig:
+    """`data` with its paths as they are found, each said with its format; one that leads nowhere, or to no known
+    format, is a DataError that names its key."""
     train, valid = ([find_file(path) for path in paths] for paths in (data.train, data.valid_paths))
     for key, paths in (("data.train", train), ("data.valid", valid)):
         try:
-            open_sources(paths, data.format)
+            for path in paths:
+                say(f"{path}: {described(open_sources([path], data.format))}")
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
     return replace(data, train=train, valid=valid or data.valid)

@@ -15,7 +15,7 @@ def run(config: TokenizerRun) -> Run:
     with open_job(config) as job:
         if job.finished:
             return job.result()
-        data = located(config.data)
+        data = located(config.data, job.say)
         learned = train(_texts(data.train, data.format), config.tokenizer)
         learned.save(str(config.folder / "model"))
         texts = list(_texts(data.valid_paths or data.train, data.format))

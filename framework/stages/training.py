@@ -13,7 +13,6 @@ from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
-from framework.data.sources import described, open_sources
 from framework.engine.loop import train
 from framework.engine.protocol import Engine
 from framework.engine.torch_engine import build_engine
@@ -77,15 +76,13 @@ def with_fresh_heads(stored: ReadBox, names: set[str], model: ModelConfig, seed:
 
 def open_both(config: TrainingRun, open_rows: OpenRows, tokenizer: Tokenizer, say: Callable[[str], None]) -> Rows:
     """Prepare (or find prepared) the rows of both parts, and say what was read."""
-    data = located(config.data)
+    data = located(config.data, say)
 
     def opened(part: str) -> RowSource:
         with Progress(f"preparing {part} data", unit="bytes", enabled=config.tracking.progress) as progress:
             return open_rows(data, part, tokenizer, config.prepared, config.seed, lambda done, _: progress(done))
 
     rows = Rows(opened("train"), opened("valid") if data.valid else None)
-    for path in data.train:
-        say(f"{path}: {described(open_sources([path], data.format))}")
     say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
     say(rows.train.preview())
     for reason, number in rows.train.skipped.items():
