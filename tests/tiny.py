@@ -1,9 +1,20 @@
-"""The quickstart shortened for tests: the same stages, corpus and code, a model of a few thousand parameters."""
+"""The quickstart shortened for tests: the same stages, corpus and code, a model of a few thousand parameters.
+
+`model_folders` is for tests that need models to start from, and not good ones.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from framework.core.records import whole
+from framework.models.config import ModelConfig
+from framework.models.hub import save_weights
+from framework.models.init import parameter_shapes, random_weights
+from framework.tasks.task import corpus_folder
+from framework.tokenization.config import TokenizerConfig, TokenizerKind
+from framework.tokenization.train import train
 
 WORDS = [
     "experiment=quickstart",
@@ -38,6 +49,15 @@ WORDS = [
     *(f"{stage}.checkpoint.every=2" for stage in ("pretrain", "sft", "reward_model")),
     "ppo.checkpoint.every=1",
 ]
+# Of a PPO run on `model_folders`, three iterations in this process.
+PPO = [
+    *(word.removeprefix("ppo.") for word in WORDS if word.startswith("ppo.")),
+    *(word for word in WORDS if word.partition("=")[0] in ("device", "threads", "tracking.every", "tracking.progress")),
+    "data.train=[corpora/tang/prompts.train.jsonl]",
+    "data.valid=[corpora/tang/prompts.test.jsonl]",
+    "rollout.max_prompt_tokens=20",
+    "rollout.max_tokens=12",
+]
 STAGES = ["tokenizer", "pretrain", "sft", "reward_model", "ppo", "evaluate"]
 
 
@@ -49,6 +69,21 @@ def command(*words: str) -> list[str]:
 def environment() -> dict[str, str]:
     """The test's own environment, without anything that would speak to a network or a terminal."""
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+
+
+def model_folders(folder: Path) -> tuple[str, str]:
+    """(policy, reward model): random weights, and a tokenizer that knows the characters of the corpus."""
+    text = (corpus_folder("tang") / "train.txt").read_text(encoding="utf-8")
+    tokenizer = train(iter(text.splitlines()), TokenizerConfig(kind=TokenizerKind.CHARACTER, vocab_size=2816))
+    model = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64)
+    read = random_weights(model, 1)
+    weights = [(name, read(name, whole(shape))) for name, shape in parameter_shapes(model).items()]
+    head = "class_head.weight"
+    save_weights(model, weights, folder / "policy")
+    save_weights(model, [*weights, (head, read(head, whole((1, 32))))], folder / "reward", classes=1)
+    for name in ("policy", "reward"):
+        tokenizer.save(str(folder / name))
+    return str(folder / "policy"), str(folder / "reward")
 
 
 def framework(*words: str, cwd: Path, timeout: float = 280, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -56,8 +56,10 @@ def late(role: str, ranks: Sequence[int], phase: str, seconds: float, log: Path)
 
 
 def named(error: FrameworkError, role: str, rank: int, phase: str) -> FrameworkError:
-    """An error of the same class whose message says where it happened."""
-    return revive(type(error), f"{place(role, rank, phase)}: {error}")
+    """An error of the same class, and with the same exit code, whose message says where it happened."""
+    revived = revive(type(error), f"{place(role, rank, phase)}: {error}")
+    vars(revived).update(vars(error))
+    return revived
 
 
 def place(role: str, rank: int, phase: str) -> str:

@@ -31,7 +31,7 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own. `cpus` are logical: how many the workers claim together, whatever the machine has."""
     with _folder() as folder:
         try:
-            with _environment(_settings(folder)), _signal_handlers_kept():
+            with _environment(_settings(folder)), _ours_kept():
                 import ray
 
                 _silence_driver()
@@ -59,7 +59,7 @@ def joined_ray(address: str) -> Iterator[None]:
     import ray
 
     try:
-        with _signal_handlers_kept():
+        with _ours_kept():
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -85,10 +85,12 @@ def _knock(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """ray.init puts its own handler on SIGTERM, in place of ours that saves a checkpoint."""
+def _ours_kept() -> Iterator[None]:
+    """ray.init puts its own handler on SIGTERM, in place of ours that saves a checkpoint, and its own debugger behind
+    breakpoint(), which would also stand there in later runs of this process."""
     ours = signal.getsignal(signal.SIGTERM)
-    yield
+    with _environment({"PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT")}):
+        yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)
 

@@ -271,6 +271,17 @@ class PromptSample:
     answer: str | None = None
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One response of a policy, as text for whoever rewards it. Example: Completion("2+2=", "4", True, 0.7, "4")."""
+
+    prompt: str  # as the tokenizer decodes it, its special tokens left out
+    response: str  # without the end token
+    finished: bool  # it ended by itself, not at the length limit
+    score: float | None  # the reward model's; None where the run has none
+    reference: str | None = None  # the answer that the data give for the prompt; None where they give none
+
+
 Sample = TextSample | ConversationSample | PreferenceSample | LabelledSample | PromptSample
 
 

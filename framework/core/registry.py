@@ -41,11 +41,22 @@ def names(kind: str) -> list[str]:
     return sorted(_of(kind))
 
 
+def forget(module: str) -> None:
+    """Take out what the code of `module`, or of a module below it, has entered."""
+    for entries in _entries.values():
+        for name in [name for name, entry in entries.items() if f"{_home(entry)}.".startswith(f"{module}.")]:
+            del entries[name]
+
+
 def _of(kind: str) -> dict[str, Any]:
     if kind not in _entries:
         raise UsageError(f"unknown kind '{kind}': {nearest(kind, KINDS)}")
     return _entries[kind]
 
 
+def _home(entry: Any) -> str:
+    return str(getattr(entry, "__module__", "?"))
+
+
 def _origin(entry: Any) -> str:
-    return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', type(entry).__name__)}"
+    return f"{_home(entry)}.{getattr(entry, '__qualname__', type(entry).__name__)}"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ import numpy as np
 from framework.core.config import digest
 from framework.core.errors import DataError, FrameworkError, UsageError
 from framework.core.records import Sample, Tokenizer
+from framework.core.registry import lookup
+from framework.data import formats
 from framework.data.shards import (
     LAYOUT,
     MANIFEST,
@@ -100,8 +103,17 @@ def _name(preparation: Preparation, sources: list[Source]) -> str:
         "files": [[_sha256(source.path), Path(source.path).suffix, source.origin] for source in sources],
         "tokenizer": preparation.tokenizer.fingerprint,
     }
+    if code := _code(preparation.format):
+        decides["code"] = code
     plain = ("kind", "format", "part", "valid_share", "max_tokens", "packing")
     return digest(decides | {name: getattr(preparation, name) for name in plain})
+
+
+def _code(format: str) -> str:
+    """sha256 of the file that an extension's format comes from, so that a change prepares anew; ours go by LAYOUT."""
+    parse = None if format == "auto" else lookup("data_format", format)
+    source = inspect.getsourcefile(parse) if inspect.isfunction(parse) else None
+    return "" if parse is None or parse.__module__ == formats.__name__ or not source else _sha256(source)
 
 
 def _sha256(file: str) -> str:

@@ -115,8 +115,12 @@ def clipped_policy_loss(
     denominator: Tensor | float,
     clip_low: float,
     clip_high: float,
+    *,
+    entropy: Tensor,
+    reference_log_probs: Tensor,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's: a ratio for each token. This signature is what a registered policy_loss must have."""
+    """PPO's: a ratio for each token. A registered policy_loss is called as this one is: `entropy` (with gradient) and
+    `reference_log_probs`, [B, T] at token positions, are there for terms of one's own."""
     return policy_loss(log_probs, old_log_probs, advantages, weights, denominator, clip_low, clip_high)
 
 
@@ -129,6 +133,9 @@ def sequence_policy_loss(
     denominator: Tensor | float,
     clip_low: float,
     clip_high: float,
+    *,
+    entropy: Tensor,
+    reference_log_probs: Tensor,
 ) -> tuple[Tensor, Metrics]:
     """GSPO's: one length-normalised ratio for a response; its bounds are narrower by far (Zheng et al.: 3e-4, 4e-4)."""
     return policy_loss(

@@ -18,7 +18,7 @@ from framework.optim.config import OptimConfig
 from framework.parallel.config import ParallelConfig
 from framework.tokenization.config import TokenizerConfig
 from framework.tracking.config import TrackingConfig
-from framework.workers.config import PpoConfig, RolloutConfig
+from framework.workers.config import MODEL, PpoConfig, RolloutConfig
 
 # Keys that change how a run computes but not what: the recipe's hash leaves them out, a raised length continues.
 NOT_IN_HASH = (
@@ -28,6 +28,7 @@ NOT_IN_HASH = (
     "tracking",
     "checkpoint",
     "run",
+    "extensions",  # their names; their content counts
     "data.cache",
     "threads",
     "train.steps",
@@ -73,6 +74,11 @@ class RunConfig:
         """Where data are prepared where data.cache does not say: beside the run, for all runs there."""
         return self.folder.parent / "prepared"
 
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        """(key, kind, name) of what the recipe names and code must have registered."""
+        return [("tracking.kind", "tracker", self.tracking.kind)]
+
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
@@ -84,6 +90,10 @@ class TokenizerRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data.train), "data.train is empty; name the files to learn from: data.train=[a.txt]")
+
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        return [*super().names, *_format(self.data)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,10 @@ class TrainingRun(RunConfig):
         super().__post_init__()
         require(bool(self.data.train), "data.train is empty; name files or folders: data.train=[a.jsonl]")
         self.batch.micro(1)
+
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        return [*super().names, *_format(self.data), *_tasks(self.evaluation)]
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,7 @@ class PpoRun(RunConfig):
     """Improve a policy against a reward model."""
 
     init_from: str = ""  # the policy and the reference: an SFT model
-    reward_from: str = ""  # the reward model; the critic starts from it too
+    reward_from: str = ""  # the reward model, from which the critic starts; without one it starts from the policy
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -164,7 +178,10 @@ class PpoRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.init_from), "ppo starts from a policy: init_from=FOLDER")
-        require(bool(self.reward_from), "ppo needs a reward model: reward_from=FOLDER")
+        require(
+            bool(self.reward_from) or self.ppo.reward != MODEL,
+            "ppo needs a reward model: reward_from=FOLDER; or another reward: ppo.reward=NAME",
+        )
         require(bool(self.data.train), "data.train is empty; name a file of prompts: data.train=[prompts.jsonl]")
         responses = self.rollout.prompts * self.rollout.samples
         divisors = ", ".join(str(d) for d in range(1, responses + 1) if responses % d == 0)
@@ -182,6 +199,12 @@ class PpoRun(RunConfig):
             not self.rollout.strict or (self.engine.precision is Precision.FP32 and not self.engine.compile),
             "rollout.strict=true needs engine.precision=fp32 and engine.compile=false; see law On-policy",
         )
+
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        ppo, reward = self.ppo, [("ppo.reward", "reward", self.ppo.reward)] if self.ppo.reward != MODEL else []
+        formulas = [("ppo.advantage", "advantage", ppo.advantage), ("ppo.policy_loss", "policy_loss", ppo.policy_loss)]
+        return [*super().names, *formulas, *reward, *_format(self.data), *_tasks(self.evaluation)]
 
     @property
     def width(self) -> int:
@@ -202,6 +225,10 @@ class EvaluateRun(RunConfig):
         super().__post_init__()
         require(bool(self.init_from), "evaluate needs a model: init_from=FOLDER")
         require(bool(self.evaluation.tasks), "evaluation.tasks is empty; name tasks: evaluation.tasks=[verse_form]")
+
+    @property
+    def names(self) -> list[tuple[str, str, str]]:
+        return [*super().names, *_tasks(self.evaluation)]
 
 
 @dataclass(frozen=True)
@@ -224,3 +251,11 @@ STAGES: dict[str, type[RunConfig]] = {
     "evaluate": EvaluateRun,
     "pipeline": PipelineRun,
 }
+
+
+def _format(data: DataConfig) -> list[tuple[str, str, str]]:
+    return [] if data.format == "auto" else [("data.format", "data_format", data.format)]
+
+
+def _tasks(evaluation: EvaluationConfig) -> list[tuple[str, str, str]]:
+    return [("evaluation.tasks", "task", name) for name in evaluation.tasks]

@@ -2,23 +2,25 @@
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from framework.core.config import find_file
 from framework.core.errors import DataError, Interrupted, UsageError
+from framework.core.registry import lookup
 from framework.core.runtime import Runtime, StopRequest, start
 from framework.data.config import DataConfig
 from framework.data.sources import described, open_sources
 from framework.stages.config import NOT_IN_HASH, RunConfig, TrainingRun
+from framework.stages.extensions import load_extensions
 from framework.stages.plan import plain
+from framework.tasks.task import get as get_task
 from framework.tracking.folder import RunFolder
 from framework.tracking.identity import LENGTHS
+from framework.workers.rule import find_reward
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Job:
     folder: RunFolder
     runtime: Runtime
     stop: StopRequest
-    facts: dict[str, Any] = field(default_factory=dict)  # what else the summary should say (learned, samples, ...)
+    facts: dict[str, Any]  # what else the summary should say (extensions, learned, example, ...)
 
     @property
     def finished(self) -> bool:
@@ -78,19 +80,20 @@ def open_job(
     `parents` are the folders that the result depends on: their content is part of the run's identity, and so is
     `recipe`, what else decides the result.
     """
-    load_extensions(config.extensions)
+    extensions = load_extensions(config.extensions)
+    _find_names(config)
     place = start(config.device, config.threads, config.deterministic)
     if isinstance(config, TrainingRun):
         config.parallel.check_world(place.world_size)
     digests = {role: folder_digest(path) for role, path in (parents or {}).items() if path}
-    whole = plain(config) | dict(recipe or {})
+    whole = plain(config) | dict(recipe or {}) | _named_code(config, extensions)
     members = whole.get("members", {})
     inner = [key for key in NOT_IN_HASH if key not in LENGTHS]  # a longer member makes another pipeline
     ignored = [*NOT_IN_HASH, *(f"members.{stage}.{key}" for stage in members for key in inner)]
     folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main)
     try:
         with StopRequest() as stop:
-            yield Job(config, folder, place, stop)
+            yield Job(config, folder, place, stop, {"extensions": extensions})
     except BaseException as error:
         state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         folder.fail(error, state=state)
@@ -99,28 +102,17 @@ def open_job(
         folder.close()
 
 
-def load_extensions(names: list[str]) -> None:
-    """Import files (`my_ppo.py`) and modules, so that what they register can be named in recipes."""
-    for name in names:
-        if name.endswith(".py"):
-            _import_file(Path(name))
-        else:
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                raise UsageError(f"extensions: cannot import '{name}': {error}") from None
-
-
-def located(data: DataConfig, say: Callable[[str], None]) -> DataConfig:
+def located(data: DataConfig, say: Callable[[str], None] | None = None) -> DataConfig:
     """`data` with its paths as they are found, each said with its format; one that leads nowhere, or to no known
     format, is a DataError that names its key."""
     train, valid = ([find_file(path) for path in paths] for paths in (data.train, data.valid_paths))
     for key, paths in (("data.train", train), ("data.valid", valid)):
         try:
-            for path in paths:
-                say(f"{path}: {described(open_sources([path], data.format))}")
+            found = [f"{path}: {described(open_sources([path], data.format))}" for path in paths]
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
+        if say is not None:
+            say("\n".join(found))
     return replace(data, train=train, valid=valid or data.valid)
 
 
@@ -136,15 +128,18 @@ def folder_digest(path: str) -> str:
     return total.hexdigest()[:16]
 
 
-def _import_file(path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"extensions: no such file: {path}")
-    name = f"framework_extension_{path.stem}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+def _named_code(config: RunConfig, digests: Mapping[str, str]) -> dict[str, Any]:
+    """The content of the extensions that the recipe names, which counts in place of their names. Installed ones are
+    part of the environment, as a version of torch is."""
+    named = {Path(name).name if name.endswith(".py") else name for name in config.extensions}
+    return {"extension_digests": {name: digests[name][:16] for name in sorted(named)}} if named else {}
+
+
+def _find_names(config: RunConfig) -> None:
+    """Refuse names that no code has registered, before any work."""
+    search = {"task": get_task, "reward": find_reward}
+    for key, kind, name in config.names:
+        try:
+            search.get(kind, partial(lookup, kind))(name)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from None

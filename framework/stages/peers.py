@@ -132,6 +132,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "cliprange_value": ("ppo.value_clip",),
     "num_ppo_epochs": ("ppo.epochs",),
     "ppo_epochs": ("ppo.epochs",),
+    "reward_funcs": ("ppo.reward",),
     "adv_estimator": ("ppo.advantage",),
     "advantage_estimator": ("ppo.advantage",),
     "entropy_coeff": ("ppo.entropy_coefficient",),

@@ -13,19 +13,22 @@ import numpy as np
 
 from framework.checkpoint.manager import Checkpoint
 from framework.cluster.group import Group
-from framework.cluster.session import open_cluster
+from framework.cluster.session import Cluster, open_cluster
+from framework.core.places import is_url
 from framework.core.records import PromptBatch, Rollout, Tokenizer
 from framework.data.loader import RowSource
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.stages.config import PpoRun
-from framework.stages.job import Job, load_extensions
+from framework.stages.extensions import absolute, load_same
+from framework.stages.job import Job, located
 from framework.workers.actor import Actor
-from framework.workers.config import EngineSpec
+from framework.workers.config import MODEL, EngineSpec
 from framework.workers.critic import Critic
 from framework.workers.generator import Generator
 from framework.workers.publish import publish
 from framework.workers.reference import Reference
 from framework.workers.reward import Reward
+from framework.workers.rule import Rule
 
 ROLES = ("actor", "critic", "reference", "reward", "generator")
 _CANARIES = 4  # prompts that prove a publication
@@ -33,7 +36,7 @@ _CANARIES = 4  # prompts that prove a publication
 
 @dataclass(frozen=True)
 class Roles:
-    """The groups, up and ready."""
+    """The groups, up and ready. `reward` is the reward model, or a rule."""
 
     actor: Group
     critic: Group
@@ -89,7 +92,7 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
         logs=job.folder.path / "logs",
         device=config.device,
         deterministic=config.deterministic,
-        prepare=partial(load_extensions, config.extensions),
+        prepare=partial(load_same, absolute(config.extensions), job.facts["extensions"]),
     ) as cluster:
         actor, critic = engine_specs(config)
         frozen = replace(actor, optim=None)
@@ -97,7 +100,7 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
             "actor": cluster.group("actor", Actor, spec=actor, ppo=config.ppo),
             "critic": cluster.group("critic", Critic, spec=critic, ppo=config.ppo),
             "reference": cluster.group("reference", Reference, spec=frozen),
-            "reward": cluster.group("reward", Reward, spec=replace(frozen, folder=config.reward_from)),
+            "reward": _reward(cluster, config, replace(frozen, folder=config.reward_from)),
             "generator": cluster.group("generator", Generator, **_generator(config, tokenizer)),
         }
         for group in groups.values():
@@ -117,7 +120,23 @@ def engine_specs(config: PpoRun) -> tuple[EngineSpec, EngineSpec]:
         total_steps=config.ppo.iterations * updates,
         temperature=config.rollout.temperature,
     )
-    return actor, replace(actor, folder=config.reward_from, optim=config.critic_optim, temperature=1.0)
+    critic = config.reward_from or config.init_from
+    return actor, replace(actor, folder=critic, optim=config.critic_optim, temperature=1.0)
+
+
+def _reward(cluster: Cluster, config: PpoRun, spec: EngineSpec) -> Group:
+    if config.ppo.reward == MODEL:
+        return cluster.group("reward", Reward, spec=spec)
+    data = located(config.data)
+    return cluster.group(
+        "reward",
+        Rule,
+        name=config.ppo.reward,
+        tokenizer=config.init_from,
+        spec=spec if spec.folder else None,
+        prompts=[path if is_url(path) else str(Path(path).absolute()) for path in [*data.train, *data.valid_paths]],
+        format=config.data.format,
+    )
 
 
 def _generator(config: PpoRun, tokenizer: Tokenizer) -> dict[str, object]:

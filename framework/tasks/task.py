@@ -15,6 +15,7 @@ from framework.core.records import Message
 from framework.core.registry import lookup
 
 E = TypeVar("E")
+PARTS = ("train", "valid", "test")
 _OURS = ("framework.tasks.domain.verse",)
 
 
@@ -29,10 +30,12 @@ class Task(Generic[E]):
     """
 
     name: str
-    examples: Callable[[str], Sequence[E]]  # of a part: train, valid or test
+    examples: Callable[[str], Sequence[E]]  # of one of PARTS
     prompt: Callable[[E], tuple[Message, ...]]  # () asks for a free sample of the model
     parse: Callable[[str], str | None]  # the answer within a generated text; None where there is none
     score: Callable[[E, str], float]  # of a parsed answer, in [0, 1]
+    # The example that a prompt's text asks for, where the text says all; so prompts that are no example can be judged.
+    recall: Callable[[str], E | None] | None = None
 
     def judge(self, example: E, text: str) -> float:
         """The score of a generated text, in [0, 1]; 0 where it holds no answer."""

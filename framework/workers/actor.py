@@ -104,7 +104,7 @@ class PolicyLoss:
         """Means over all response tokens of the step."""
         assert isinstance(rows, Experience)
         assert scores.entropy is not None
-        mask = rows.rollout.response_mask
+        mask, entropy = rows.rollout.response_mask, align(scores.entropy)
         loss, metrics = self.function(
             align(scores.log_probs),
             rows.old_log_probs,
@@ -113,7 +113,9 @@ class PolicyLoss:
             counts.tokens,
             self.ppo.clip_low,
             self.ppo.clip_high,
+            entropy=entropy,
+            reference_log_probs=rows.reference_log_probs,
         )
-        entropy = masked_sum(align(scores.entropy), mask)
-        loss = loss - self.ppo.entropy_coefficient * ratio(entropy, counts.tokens)
-        return loss, metrics | {"entropy": (entropy.detach(), mask.sum().to(torch.float64))}
+        total = masked_sum(entropy, mask)
+        loss = loss - self.ppo.entropy_coefficient * ratio(total, counts.tokens)
+        return loss, metrics | {"entropy": (total.detach(), mask.sum().to(torch.float64))}

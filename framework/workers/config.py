@@ -7,6 +7,8 @@ from framework.engine.config import EngineConfig
 from framework.optim.config import OptimConfig
 from framework.parallel.config import ParallelConfig
 
+MODEL = "model"  # the reward that needs no text: the reward model's score as it is
+
 
 class KlKind(Choice):
     """Estimators of KL(policy, reference) from samples (Schulman 2020)."""
@@ -62,6 +64,7 @@ class PpoConfig:
     entropy_coefficient: float = 0.0
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response that did not stop
     score_clip: float = 0.0  # 0 = off
+    reward: str = MODEL  # a registered reward, or a task, whose score it then is
     advantage: str = "gae"  # a registered advantage
     policy_loss: str = "clip"  # a registered policy_loss
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from framework.cluster.failure import Failure, first, late, log_tail
-from framework.core.errors import DataError, DeadlineError, NonFiniteError, WorkerError
+from framework.cluster.failure import Failure, first, late, log_tail, named
+from framework.core.errors import DataError, DeadlineError, Interrupted, NonFiniteError, WorkerError
 
 
 def test_a_dead_process_comes_before_the_exceptions_it_caused() -> None:
@@ -27,6 +27,11 @@ def test_our_errors_come_back_as_their_class_others_as_worker_errors(tmp_path: P
     assert str(other).startswith("actor rank 1, update failed: KeyError: 'weight'\nlast lines of")
     assert str(other).splitlines()[-1] == "  line 29"
     assert "line 17" not in str(other)
+
+
+def test_a_stop_keeps_its_exit_code() -> None:
+    stopped = named(Interrupted("stopped at once", 143), "reward", 0, "score")
+    assert (str(stopped), stopped.exit_code) == ("reward rank 0, score: stopped at once", 143)
 
 
 def test_a_late_worker_is_named_with_the_key_to_raise(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from framework.core.errors import UsageError
 
 # Opens a private Ray, reports itself, then does what it is told. The actor spins, so that nothing ends by politeness.
 SCRIPT = """
-import signal, sys
+import os, signal, sys
 from framework.cluster.local_ray import local_ray
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
@@ -27,6 +27,7 @@ with local_ray(cpus=2):
     import ray
 
     assert signal.getsignal(signal.SIGTERM) is ours, "Ray took our handler"
+    assert "PYTHONBREAKPOINT" not in os.environ, "Ray took our debugger"
 
     @ray.remote
     class Spinner:

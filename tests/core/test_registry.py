@@ -4,7 +4,7 @@ import pytest
 
 from framework.core import registry
 from framework.core.errors import UsageError
-from framework.core.registry import lookup, names, register
+from framework.core.registry import forget, lookup, names, register
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +56,15 @@ def test_importing_a_module_again_is_no_double_entry() -> None:
     again = make()
     register("task", "t")(again)
     assert lookup("task", "t") is again
+
+
+def test_what_a_module_entered_can_be_forgotten() -> None:
+    def entry(module: str) -> object:
+        return type("Entry", (), {"__module__": module})
+
+    for number, module in enumerate(("mine", "mine.rules", "miner", "other")):
+        register("reward", str(number))(entry(module))
+    register("task", "task")(entry("mine"))
+    forget("mine")
+    assert names("reward") == ["2", "3"]
+    assert names("task") == []

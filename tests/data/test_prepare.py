@@ -23,6 +23,7 @@ from framework.data.prepare import Preparation, Prepared, Skip, prepare
 from framework.data.pretrain import open_rows, render_documents
 from framework.data.rows import pack
 from framework.data.shards import Shards
+from framework.stages.extensions import load_extensions
 from tests.data.conftest import Write
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "", "a very long line of text about a cat"]
@@ -210,6 +211,30 @@ def test_the_name_is_the_content(tokenizer: Tokenizer, source: str, tmp_path: Pa
         name(source, kind="other"),
     ]
     assert len({*others, name(source)}) == len(others) + 1
+
+
+def test_a_format_of_ones_own_is_known_by_its_code(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:
+    """Its name says nothing: a student edits the function and runs the same command."""
+    file, cache = tmp_path / "shouting.py", tmp_path / "cache"
+    lengths = []
+    for text in ("record['text']", "record['text'] * 2"):
+        file.write_text(SHOUTING.format(text=text))
+        load_extensions([str(file)])
+        for _ in range(2):
+            lengths.append(prepare(preparation(tokenizer, source, format="shouting"), cache).counted.num_bytes)
+    load_extensions([])
+    assert lengths == [lengths[0], lengths[0], 2 * lengths[0], 2 * lengths[0]]
+    assert len([folder for folder in cache.iterdir() if not folder.name.startswith(".")]) == 2
+
+
+SHOUTING = """
+from framework import register
+from framework.core.records import TextSample
+
+@register("data_format", "shouting")
+def shouting(record):
+    return TextSample({text})
+"""
 
 
 def test_a_second_opening_reads_no_data(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:

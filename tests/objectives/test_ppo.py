@@ -161,7 +161,8 @@ def test_an_unknown_level_is_refused() -> None:
 def test_registered_losses_are_the_two_levels() -> None:
     batch = random_batch(11)
     for name, level in (("clip", "token"), ("gspo", "sequence")):
-        registered = lookup("policy_loss", name)(*batch, 5.0, clip_low=0.2, clip_high=0.3)
+        unused = {"entropy": torch.full_like(batch[0], torch.nan), "reference_log_probs": batch[1]}
+        registered = lookup("policy_loss", name)(*batch, 5.0, clip_low=0.2, clip_high=0.3, **unused)
         assert torch.equal(registered[0], policy_loss(*batch, 5.0, **CLIP, level=level)[0])
 
 

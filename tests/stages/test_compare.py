@@ -41,9 +41,9 @@ def test_two_finished_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert "made with and from: the same" in text
     assert "weights: the same bits up to step 4, different at step 5" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(("train/loss", "  "))}
-    assert rows["train/loss"] == "step 0 step 3 step 6 step 9 last lowest highest".split()
-    assert rows["left"] == "5 4.25 3.5 2.75 2.75 2.75 at 9 5 at 0".split()
-    assert rows["right"] == "5 4.25 4 3.25 3.25 3.25 at 9 5 at 0".split()
+    assert rows["train/loss"] == ["step", "0", "step", "3", "step", "6", "step", "9", "last", "lowest", "highest"]
+    assert rows["left"] == ["5", "4.25", "3.5", "2.75", "2.75", "2.75", "at", "9", "5", "at", "0"]
+    assert rows["right"] == ["5", "4.25", "4", "3.25", "3.25", "3.25", "at", "9", "5", "at", "0"]
     assert re.search(r"valid/loss +2.75 +3.25", text)
     assert "final figures equal: valid/loss/before" in text
     assert "curves equal at every common step: train/lr" in text

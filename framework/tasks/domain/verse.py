@@ -105,7 +105,14 @@ def _completion(name: str, score: Callable[[Request, str], float]) -> Task[Reque
         prompt=lambda request: (Message("user", request.prompt),),
         parse=str.strip,
         score=score,
+        recall=recall,
     )
+
+
+def recall(prompt: str) -> Request | None:
+    """What a prompt asks for; the poet's own answer is not known."""
+    match = _PROMPT.search(prompt)
+    return match and Request(match["line"], match["rhyme"], "")
 
 
 @functools.cache
