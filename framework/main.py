@@ -7,13 +7,14 @@ import dataclasses
 import importlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from framework.core.config import flatten, recipes_folder
-from framework.core.errors import FrameworkError, UsageError, nearest
+from framework.core.errors import FrameworkError, Interrupted, UsageError, nearest
 from framework.stages.config import STAGES, PipelineRun, RunConfig
 from framework.stages.peers import ours_for
 
@@ -27,6 +28,10 @@ TOOLS = {
     "chat": ("serve", "MODEL: talk to a finished model"),
     "data": ("data", "check|prepare|stats ...: look at data, count it, prepare it ahead"),
     "status": ("watch", "RUN: where a run stands"),
+    "compare": (
+        "compare",
+        "RUN RUN: what differs: recipe, origin, figures, curves, and from which step on the weights",
+    ),
     "report": ("watch", "RUN: write report.html again from what lies in the run folder"),
     "doctor": ("doctor", "what this installation can do, and what is missing"),
 }
@@ -209,12 +214,22 @@ def _unknown_choice(text: str) -> str:
     asked = re.search(r"Could not find '([^']+)'", text)
     if asked is None:
         return text.splitlines()[0]
+    group, _, choice = asked.group(1).rpartition("/")
+    if group in _PLUGINS:
+        return f"unknown choice {group}={choice}: {_PLUGINS[group]}"
     group, _, choice = asked.group(1).partition("/")
     folder = recipes_folder() / group
     if not folder.is_dir():
         return f"unknown group '{group}': {nearest(group, _groups())}"
     choices = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
     return f"unknown choice {group}={choice}: {nearest(choice, choices)}"
+
+
+# group of Hydra's own -> which package brings its choices
+_PLUGINS = {
+    "hydra/sweeper": 'basic is there; optuna comes with pip install "framework[sweep]"',
+    "hydra/launcher": 'basic is there; submitit_local and submitit_slurm come with pip install "framework[submitit]"',
+}
 
 
 def _groups() -> list[str]:
@@ -236,11 +251,15 @@ def _sweep(stage: str, words: list[str]) -> int:
         paths = dataclasses.replace(config.run, dir=f"{config.run.dir}-{HydraConfig.get().job.num}")
         try:
             finished = run_stage((dataclasses.replace(config, run=paths),))
-        except FrameworkError as error:
+        except Interrupted as error:  # ends the sweep; another failure is told once the other jobs have run
             print(f"framework {stage}: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         return finished.figure(config.objective) if config.objective else None
 
+    if "hydra/launcher=submitit_slurm" in words and shutil.which("srun") is None:
+        raise UsageError(
+            "hydra/launcher=submitit_slurm needs Slurm's srun on PATH; here: hydra/launcher=submitit_local"
+        )
     _refuse_strangers(stage, words)
     _store_schemas()
     quiet = ["hydra.output_subdir=null", "hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -289,7 +308,13 @@ def _compose_member(pipeline: PipelineRun, member: str, forwarded: list[str]) ->
             ours = ours_for(key, keys)
             hint = f"it is set by {ours} here" if ours else nearest(key, members | fields)
             raise UsageError(f"unknown key '{key}': {hint}")
-    return _compose_one(stage, words)
+    return _in_group(_compose_one(stage, words), pipeline.tracking.group or pipeline.name)
+
+
+def _in_group(config: RunConfig, group: str) -> RunConfig:
+    """The stages of a pipeline stand together at a tracker, unless a recipe says where."""
+    tracking = dataclasses.replace(config.tracking, group=config.tracking.group or group)
+    return dataclasses.replace(config, tracking=tracking)
 
 
 # --- commands ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from framework.core.config import recipes_folder
 from tests.tiny import STAGES, framework
 
 pytestmark = pytest.mark.timeout(1500)
@@ -64,6 +66,15 @@ def not_lower(figures: dict[str, Any], name: str) -> bool:
     """Not lower than before by more than two standard errors."""
     before, after = figures[f"ppo/valid/{name}/before"], figures[f"ppo/valid/{name}"]
     return bool(after >= before - 2 * figures[f"ppo/valid/{name}/error"])
+
+
+@pytest.mark.parametrize("sweep", ["sft", "reward_model", "ppo"])
+def test_a_sweep_s_metric_is_one_that_its_stage_reports(quickstart: tuple[Path, str], sweep: str) -> None:
+    folder = quickstart[0] / sweep
+    logged = {name for line in (folder / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    final = {f"final/{name}" for name in json.loads((folder / "summary.json").read_text())["figures"]}
+    recipe = yaml.safe_load((recipes_folder() / f"sweep/{sweep}.yaml").read_text())
+    assert recipe["metric"]["name"] in logged | final
 
 
 def test_every_stage_left_what_the_contract_says(quickstart: tuple[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""`framework compare` as a user types it: what it prints of runs, of runs in progress, of pipelines, and what it refuses."""
+"""`framework compare`: what it prints of runs, of runs in progress and of pipelines, what it draws, what it refuses."""
 
 import re
 import subprocess
@@ -40,10 +40,10 @@ def test_two_finished_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert "recipe\n  optim.lr: 0.1 | 0.2\n" in text
     assert "made with and from: the same" in text
     assert "weights: the same bits up to step 4, different at step 5" in text
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(("train/loss", "  "))}
-    assert rows["train/loss"] == ["step", "0", "step", "3", "step", "6", "step", "9", "last", "lowest", "highest"]
-    assert rows["left"] == ["5", "4.25", "3.5", "2.75", "2.75", "2.75", "at", "9", "5", "at", "0"]
-    assert rows["right"] == ["5", "4.25", "4", "3.25", "3.25", "3.25", "at", "9", "5", "at", "0"]
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "train/loss step 0 step 3 step 6 step 9 last lowest highest" in rows
+    assert "left 5 4.25 3.5 2.75 2.75 2.75 at 9 5 at 0" in rows
+    assert "right 5 4.25 4 3.25 3.25 3.25 at 9 5 at 0" in rows
     assert re.search(r"valid/loss +2.75 +3.25", text)
     assert "final figures equal: valid/loss/before" in text
     assert "curves equal at every common step: train/lr" in text

@@ -103,14 +103,14 @@ def test_another_layout_explains_other_bits_but_not_equal_ones(tmp_path: Path) -
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nowhere is not a run folder: it has no status.json"):
+    with pytest.raises(UsageError, match=r"nowhere is not a run folder: it has no status.json"):
         read_run(tmp_path / "nowhere")
     folder = make(tmp_path / "a")
     (folder / "config.yaml").write_text("- just\n- a list\n")
-    with pytest.raises(UsageError, match="config.yaml is not a recipe"):
+    with pytest.raises(UsageError, match=r"config.yaml is not a recipe"):
         read_run(folder)
     (folder / "config.yaml").unlink()
-    with pytest.raises(UsageError, match="is not a run folder: it has no config.yaml"):
+    with pytest.raises(UsageError, match=r"is not a run folder: it has no config.yaml"):
         read_run(folder)
 
 

@@ -28,6 +28,8 @@ def run(path: Path, kind: str, steps: range, final: float | None = None) -> RunF
     if final is not None:
         folder.finish({"figures": {"valid/loss": final}})
     folder.close()
+    if kind == "wandb":  # its files are whole once its service has ended, as it does with the process
+        sys.modules["wandb"].teardown()
     return folder
 
 
