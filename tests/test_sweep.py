@@ -43,7 +43,7 @@ def test_a_failing_job_is_named_and_the_others_run(tmp_path: Path) -> None:
     assert done.returncode == 2
     first, second = done.stderr.strip().splitlines()[-2:]
     assert first.startswith("Error executing job with overrides: ['data.train=[nowhere.txt]'")
-    assert second == "framework tokenizer: data.train: no such file or folder: nowhere.txt"
+    assert second == "framework tokenizer: data.train: nowhere.txt: no such file or folder"
     assert (tmp_path / "runs/tokenizer-1/summary.json").exists()
 
 

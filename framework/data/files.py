@@ -37,8 +37,8 @@ def expand(path: str) -> list[str]:
         return [path]
     if not place.exists():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        hint = f"; {nearest(place.name, siblings)}" if siblings else ""
-        raise DataError(f"no such file or folder{hint}", path)
+        hint = nearest(place.name, siblings).partition(" Choose")[0]
+        raise DataError("no such file or folder" + (f"; {hint}" if hint.startswith("did you") else ""), path)
     inside = [p for p in sorted(place.rglob("*")) if p.is_file() and not _hidden(p.relative_to(place))]
     found = [str(p) for p in inside if p.suffix in _READERS]
     if not found:

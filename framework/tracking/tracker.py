@@ -95,9 +95,8 @@ class WandbTracker:
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_account() else "offline")
         if mode == "offline":
             print(f"wandb: offline; upload later with: wandb sync {folder}/wandb/offline-run-*", file=sys.stderr)
-        # Quiet, and without a parser of our terminal: the progress bar and logs/ are ours. And not the only run of this
-        # process: a pipeline's stays open while those of its stages come and go.
-        settings = wandb.Settings(silent=True, console="off", reinit="create_new")
+        # Quiet, and without a parser of our terminal: the progress bar and logs/ are ours.
+        settings = wandb.Settings(silent=True, console="off")
         words: dict[str, Any] = {
             "project": config.project,
             "group": config.group or None,

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,20 +141,6 @@ def test_a_swanlab_that_cannot_start_is_one_line(
     monkeypatch.setenv("SWANLAB_MODE", "online")
     with pytest.raises(UsageError, match=r"tracking=swanlab cannot start: .*; SWANLAB_MODE=offline goes without"):
         run(tmp_path, "swanlab", range(1, 2))
-
-
-def test_a_pipelines_wandb_run_outlives_those_of_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    pipeline = RunFolder.open(tmp_path / "pipeline", {"name": "all", "tracking": {"kind": "wandb"}})
-    run(tmp_path / "stage", "wandb", range(1, 3))
-    pipeline.finish({"figures": {"stage/train/loss": 0.25}})
-    pipeline.close()
-    (written,) = (tmp_path / "pipeline/wandb").glob("offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 60  # wandb's own process writes the last of it when it likes
-    while b"final/stage/train/loss" not in written.read_bytes():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
