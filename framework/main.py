@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from framework.core.config import flatten, recipes_folder
-from framework.core.errors import FrameworkError, Interrupted, UsageError, nearest
+from framework.core.errors import FrameworkError, Interrupted, LeftAtOnce, UsageError, nearest
+from framework.core.signals import stop_request
 from framework.stages.config import STAGES, PipelineRun, RunConfig
 from framework.stages.peers import ours_for
 
@@ -53,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left: `framework status RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print(f"framework {words[0]}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"framework {words[0]}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return error.exit_code if isinstance(error, LeftAtOnce) else 130
 
 
 def entry() -> NoReturn:
@@ -340,10 +341,10 @@ def _run_command(stage: str, words: list[str]) -> int:
         print(_stage_help(stage))
         return 0
     words = words[1:] if stage == "tokenizer" and words[:1] == ["train"] else words
-    sweep = any(word in _SWEEP_WORDS for word in words)
-    if sweep:
-        return _sweep(stage, words)
-    run_stage(compose(stage, words))
+    with stop_request():  # from here on, though the stage will need seconds to import what it needs
+        if any(word in _SWEEP_WORDS for word in words):
+            return _sweep(stage, words)
+        run_stage(compose(stage, words))
     return 0
 
 

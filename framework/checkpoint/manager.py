@@ -39,7 +39,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 class CheckpointManager:
     """The checkpoints of one run, in `folder`. `save`, `saving` and `latest` are collective over the ranks that share
-    it; `gather` passes one small object from every rank to every rank."""
+    it; `gather` passes one small object from every rank to every rank. `guard` raises, on rank 0, where the folder has
+    another owner by now; it is asked before anything is written there, and again before that becomes a checkpoint."""
 
     def __init__(
         self,
@@ -48,9 +49,10 @@ class CheckpointManager:
         rank: int = 0,
         world_size: int = 1,
         gather: Gather = gather_objects,
+        guard: Callable[[], None] = lambda: None,
     ):
         self.folder, self.config = Path(folder), config or CheckpointConfig()
-        self._rank, self._world_size, self._gather = rank, world_size, gather
+        self._rank, self._world_size, self._gather, self._guard = rank, world_size, gather, guard
 
     def save(
         self,
@@ -82,11 +84,13 @@ class CheckpointManager:
                     self.commit(step, state, metrics)
         except BaseException:
             if self._rank == 0:
+                self._guard()  # another owner's staging folder has the same name
                 shutil.rmtree(self._staging(step), ignore_errors=True)
             raise
 
     def stage(self, step: int) -> Path:
         """An empty staging folder for `step`; leftovers of killed saves are cleared away."""
+        self._guard()
         self._clear_leftovers()
         staging = self._staging(step)
         staging.mkdir(parents=True)
@@ -94,6 +98,7 @@ class CheckpointManager:
 
     def commit(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> Checkpoint:
         """Make the staged files of `step` a checkpoint: check that nothing is missing, manifest, rename, retention."""
+        self._guard()
         staging, final = self._staging(step), self._path(step)
         write_bytes(staging / MANIFEST, render_manifest(describe(staging, step, state, metrics or {})))
         _sync_folder(staging)

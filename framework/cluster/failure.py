@@ -25,19 +25,20 @@ class Failure:
     cause: str
     error_class: type[FrameworkError] | None = None  # of an error that explains itself
     time: float = 0.0  # 0 = a process that died
+    exit_code: int = 1
 
     @classmethod
     def of(cls, error: BaseException, role: str, rank: int, phase: str) -> "Failure":
         """What is left of an exception on its way to the controller: text and, for our own errors, the class."""
         explained = type(error) if isinstance(error, FrameworkError) else None
         cause = str(error) if explained else "".join(traceback.format_exception_only(error)).strip()
-        return cls(role, rank, phase, cause, explained, time.time())
+        return cls(role, rank, phase, cause, explained, time.time(), getattr(error, "exit_code", 1))
 
     def exception(self, log: Path) -> FrameworkError:
         """The error to raise in the controller: our own classes as they are, everything else a WorkerError with the
         last lines of the worker's log."""
         if self.error_class is not None:
-            return revive(self.error_class, f"{place(self.role, self.rank, self.phase)}: {self.cause}")
+            return revive(self.error_class, f"{place(self.role, self.rank, self.phase)}: {self.cause}", self.exit_code)
         return WorkerError(f"{place(self.role, self.rank, self.phase)} failed: {self.cause}{log_tail(log)}")
 
 
@@ -56,10 +57,8 @@ def late(role: str, ranks: Sequence[int], phase: str, seconds: float, log: Path)
 
 
 def named(error: FrameworkError, role: str, rank: int, phase: str) -> FrameworkError:
-    """An error of the same class, and with the same exit code, whose message says where it happened."""
-    revived = revive(type(error), f"{place(role, rank, phase)}: {error}")
-    vars(revived).update(vars(error))
-    return revived
+    """An error of the same class whose message says where it happened."""
+    return revive(type(error), f"{place(role, rank, phase)}: {error}", error.exit_code)
 
 
 def place(role: str, rank: int, phase: str) -> str:
@@ -67,10 +66,11 @@ def place(role: str, rank: int, phase: str) -> str:
     return f"{role} rank {rank}, {phase}"
 
 
-def revive(error_class: type[FrameworkError], message: str) -> FrameworkError:
+def revive(error_class: type[FrameworkError], message: str, exit_code: int) -> FrameworkError:
     """An error of a class whose constructor may want more than the message."""
     error = error_class.__new__(error_class)
     Exception.__init__(error, message)
+    error.exit_code = exit_code
     return error
 
 

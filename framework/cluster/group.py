@@ -13,28 +13,30 @@ from framework.cluster.marks import Answer, Call, Layout, Mark, join, mark_of, s
 from framework.core.errors import FrameworkError
 
 T = TypeVar("T")
+Pause = Callable[[], None]
 
 
 class Pending(Generic[T]):
     """The answer of a call that may still be under way. `reference`, where there is one, lets another group have the
     answer without its passing through this process."""
 
-    def __init__(self, wait: Callable[[], T], reference: Any = None):
-        self._wait: Callable[[], T] | None = wait
+    def __init__(self, wait: Callable[[Pause | None], T], reference: Any = None):
+        self._wait: Callable[[Pause | None], T] | None = wait
         self._value: T | None = None
         self.reference = reference
 
-    def result(self) -> T:
-        """Wait for the answer, at most the cluster's deadline; a failed worker's error is raised here."""
+    def result(self, pause: Pause | None = None) -> T:
+        """Wait for the answer, at most the cluster's deadline; a failed worker's error is raised here. `pause` is
+        called now and then while waiting, and may raise."""
         if self._wait is not None:
-            self._value = self._wait()
+            self._value = self._wait(pause)
             self._wait = None
         return self._value  # type: ignore[return-value]
 
     @classmethod
     def done(cls, value: T) -> Pending[T]:
         """An answer that is already here."""
-        return cls(lambda: value)
+        return cls(lambda _: value)
 
 
 Stream = Iterator[Pending[T]]
@@ -59,6 +61,10 @@ class Group(ABC):
         """Wait until all workers have come up."""
 
     @abstractmethod
+    def asked(self) -> int:
+        """The exit code of a worker whose own process was asked to stop, 0 where none was."""
+
+    @abstractmethod
     def _call(self, name: str, mark: Mark, call: Call) -> Any: ...
 
 
@@ -72,6 +78,10 @@ class LocalGroup(Group):
 
     def ready(self) -> None:
         """It came up when it was built."""
+
+    def asked(self) -> int:
+        """Its process is this one, which knows."""
+        return 0
 
     def _call(self, name: str, mark: Mark, call: Call) -> Any:
         layout = Layout((0,))

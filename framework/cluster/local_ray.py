@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from framework.cluster import reaper
 from framework.core.errors import UsageError, WorkerError
@@ -31,7 +32,7 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own. `cpus` are logical: how many the workers claim together, whatever the machine has."""
     with _folder() as folder:
         try:
-            with _environment(_settings(folder)), _ours_kept():
+            with _environment(_settings(folder)), _ours_kept(), _signals_blocked():
                 import ray
 
                 _silence_driver()
@@ -49,7 +50,7 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
                 )
             yield
         finally:
-            ray.shutdown()
+            _shut_down()
 
 
 @contextlib.contextmanager
@@ -93,6 +94,29 @@ def _ours_kept() -> Iterator[None]:
         yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What starts in this block never hears a SIGTERM or SIGUSR1, and this process hears them afterwards: a queue, or
+    `timeout`, signals every process of a job, and the run needs its Ray until it has saved."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shut_down() -> None:
+    """Ray gives each of its processes a second to heed a SIGTERM; they do not hear it."""
+    import ray
+    import ray._private.worker as driver
+
+    node: Any = driver._global_node
+    for entries in node.all_processes.values() if node else ():
+        for entry in entries:
+            entry.process.terminate = entry.process.kill
+    ray.shutdown()
 
 
 def _settings(folder: str) -> dict[str, str | None]:

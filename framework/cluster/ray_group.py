@@ -17,13 +17,14 @@ from typing import Any
 from framework.cluster import failure
 from framework.cluster.config import ClusterConfig
 from framework.cluster.failure import Failure
-from framework.cluster.group import Group, Pending, Stream, resolved
+from framework.cluster.group import Group, Pause, Pending, Stream, resolved
 from framework.cluster.marks import Answer, Call, Layout, Mark, join, share_out
 from framework.cluster.placement import Pool
 from framework.cluster.shell import END, MORE, Shell, compact
 from framework.core import runtime
 from framework.core.errors import FrameworkError
 
+PAUSE_S = 0.5  # between two looks up from waiting
 GRACE_S = 3.0  # for the other ranks to report, once one has failed
 STREAM_AHEAD = 4  # items that a stream may hold in Ray's store before anyone takes them
 
@@ -77,6 +78,8 @@ class RayGroup(Group):
             actor.options(**seat.options(rank)).remote(role, rank, str(log.absolute()))
             for rank, log in enumerate(self._logs)
         ]
+        for shell in self._shells:
+            shell.listen.remote()
         address = self._shells[0].__ray_call__.remote(_address) if world > 1 else None
         settle = settle | {"world_size": world, "deadline_s": config.deadline_s}
         self._starting = [shell.start.remote(address, worker_class, kwargs, settle, prepare) for shell in self._shells]
@@ -88,6 +91,11 @@ class RayGroup(Group):
             seats = self._collect(_ranked(self._starting), "start", self._config.start_deadline_s)
             self._pids = [pid for pid, _ in seats]
             self._layout = Layout(tuple(data_rank for _, data_rank in seats))
+
+    def asked(self) -> int:
+        self.ready()
+        asking = _ranked([shell.asked.remote() for shell in self._shells])
+        return max(self._collect(asking, "asked", self._config.deadline_s))
 
     def close(self) -> None:
         """End the workers at once, whatever they are doing."""
@@ -105,8 +113,8 @@ class RayGroup(Group):
             shell.call.remote(name, *args, **kwargs) for shell, (args, kwargs) in zip(self._shells, calls, strict=True)
         ]
 
-        def wait() -> Any:
-            answers = self._collect(_ranked(references), name, self._config.deadline_s)
+        def wait(pause: Pause | None) -> Any:
+            answers = self._collect(_ranked(references), name, self._config.deadline_s, pause=pause)
             return join(mark, answers, layout, rows)
 
         return Pending(wait)
@@ -130,7 +138,7 @@ class RayGroup(Group):
             # The stream of a process that died ends with the error in place of an item, and no word after it.
             said = self._open(self._next(items, peers, name) or item, 0, name)
             if said == MORE:
-                yield Pending(partial(self._ray.get, item), reference=item)
+                yield Pending(partial(self._get, item), reference=item)
             elif said == END:
                 self._collect(peers, name, self._config.deadline_s)
                 return
@@ -152,15 +160,27 @@ class RayGroup(Group):
             if isinstance(said := self._open(ready[0], rank, name), Failure):
                 self._collect({}, name, 0.0, [said])
 
+    def _get(self, item: Any, pause: Pause | None) -> Any:
+        return self._ray.get(item)
+
     def _collect(
-        self, waiting: dict[Any, int], phase: str, seconds: float, failures: list[Failure] | None = None
+        self,
+        waiting: dict[Any, int],
+        phase: str,
+        seconds: float,
+        failures: list[Failure] | None = None,
+        pause: Pause | None = None,
     ) -> list[Any]:
         """All answers by rank. The first failure cuts the wait to a moment; the one that the others follow from is
         raised."""
         failures, answers, waiting = list(failures or []), {}, dict(waiting)
         until = time.monotonic() + (GRACE_S if failures else seconds)
         while waiting:
-            ready, _ = self._ray.wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
+            left = max(0.0, until - time.monotonic())
+            ready, _ = self._ray.wait(list(waiting), timeout=left if pause is None else min(left, PAUSE_S))
+            if not ready and pause is not None and left > PAUSE_S:
+                pause()
+                continue
             if not ready:
                 break
             rank = waiting.pop(ready[0])
@@ -195,7 +215,7 @@ class RayGroup(Group):
         for rank in ranks:
             if rank < len(self._pids) and _is_ours(self._pids[rank]):
                 with contextlib.suppress(OSError):
-                    os.kill(self._pids[rank], signal.SIGUSR1)
+                    os.kill(self._pids[rank], signal.SIGUSR2)
         time.sleep(0.2)  # for the stacks to reach the log
         self._failed = failure.late(self.role, ranks, phase, seconds, self._logs[ranks[0]])
         return self._failed

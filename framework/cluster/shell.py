@@ -3,6 +3,7 @@
 Knows no Ray: `ray_group` makes an actor of it, a test may call it directly.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from framework.cluster.failure import Failure
 from framework.core import runtime
+from framework.core.signals import current, stop_request
 
 MORE, END = "more", "end"  # the word after each streamed item
 
@@ -27,6 +29,7 @@ class Shell:
     def __init__(self, role: str, rank: int, log: str):
         self.role = role
         self.rank = rank
+        self._listening = contextlib.ExitStack()
         _write_to(Path(log))
         print(f"--- {role} rank {rank}, pid {os.getpid()}")  # the log of a continued run goes on below the old one
 
@@ -47,6 +50,15 @@ class Shell:
             return os.getpid(), getattr(self.worker, "data_rank", place.rank)
         except Exception as error:
             return self._failure(error, "start")
+
+    def listen(self) -> None:
+        """From now on a SIGTERM to this process is a wish that the controller asks for; Ray would end the process."""
+        self._listening.enter_context(stop_request())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])  # the private Ray blocks them
+
+    def asked(self) -> int:
+        """The exit code that this process was asked to leave with, 0 while it was not."""
+        return current().exit_code
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The worker's answer, or a Failure."""
@@ -96,11 +108,11 @@ def compact(value: Any) -> Any:
 
 
 def _write_to(log: Path) -> None:
-    """Send this process's output to `log`: Python's, C++'s, and on SIGUSR1 the stacks of all threads."""
+    """Send this process's output to `log`: Python's, C++'s, and on SIGUSR2 the stacks of all threads."""
     log.parent.mkdir(parents=True, exist_ok=True)
     stream = log.open("a", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
     faulthandler.enable(stream)
-    faulthandler.register(signal.SIGUSR1, stream, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, stream, all_threads=True)

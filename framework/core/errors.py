@@ -46,6 +46,14 @@ class Interrupted(FrameworkError):
         return type(self), (str(self), self.exit_code)  # it keeps its code on the way home from a Ray worker
 
 
+class LeftAtOnce(KeyboardInterrupt):
+    """A second signal came. No FrameworkError, so that nobody who handles failures, or saves, holds it up."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("stopped at once, without saving")
+        self.exit_code = exit_code
+
+
 class WorkerError(FrameworkError):
     """A worker died or raised; the message names role, rank and phase, and shows its last log lines."""
 

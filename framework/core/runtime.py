@@ -2,21 +2,20 @@
 
 import contextlib
 import os
-import signal
 import socket
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
-from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from framework.core.errors import Interrupted, UsageError
+from framework.core.signals import StopRequest
 
 _CPU = torch.device("cpu")
+_ASKED = "asked to stop"  # in the store: an exit code
+_store: dist.Store | None = None  # where the ranks of the world met
 # Dense bf16 peak of one card in FLOP/s, from the vendor's data sheets; MFU needs it.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
@@ -72,63 +71,53 @@ def start(
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _store
+    _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def agreed(flag: bool) -> bool:
-    """Whether `flag` is up on any rank of the world, the same answer on all of them. Collective."""
+def agreed(number: int) -> int:
+    """The largest `number` of any rank of the world, the same answer on all of them. Collective."""
     if not dist.is_initialized():
-        return flag
-    votes = torch.tensor([int(flag)])
+        return number
+    votes = torch.tensor([number])
     dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return int(votes.item())
 
 
-class StopRequest:
-    """Ctrl-C, SIGTERM and SIGUSR1 (what a queue sends before it kills) become a wish, granted between two steps.
+def heed(stop: StopRequest, where: str) -> None:
+    """A safe point that all ranks reach together: Interrupted on all of them once any was asked. Collective."""
+    if exit_code := agreed(stop.exit_code):
+        raise stop.error(where, exit_code)
 
-        with StopRequest() as stop:
-            for step in ...:
-                if agreed(stop.requested):
-                    save(); raise stop.error(f"after step {step}")
 
-    A second signal does not wait: it raises Interrupted where the program stands, and a third one kills. Handlers can
-    only be installed in a process's main thread; elsewhere (a Ray worker's) the object is there but never asked.
-    """
+@contextlib.contextmanager
+def apart(stop: StopRequest, where: str) -> Iterator[Callable[[], None]]:
+    """A stretch in which ranks work each for itself, or wait for one another outside of any collective. Gives its safe
+    point, which hears of other ranks' wishes without waiting for them; at the end all ranks meet, and leave together
+    once any was asked. Collective."""
 
-    _EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}  # noqa: RUF012
+    def point() -> None:
+        if exit_code := _heard(stop.exit_code):
+            raise stop.error(where, exit_code)
 
-    def __init__(self) -> None:
-        self.exit_code = 0  # 130 or 143 once asked
-        self._before: dict[int, Any] = {}
+    try:
+        yield point
+    except Interrupted as error:
+        agreed(error.exit_code)
+        raise
+    _heard(stop.exit_code)  # the others may still be at work
+    heed(stop, where)
 
-    @property
-    def requested(self) -> bool:
-        return self.exit_code != 0
 
-    def error(self, where: str) -> Interrupted:
-        """What to raise once all is saved. A rank that was not asked itself goes with those that were."""
-        code = self.exit_code or self._EXIT_CODES[signal.SIGTERM]
-        return Interrupted(f"stopped {where}; the same command continues from here", code)
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in self._EXIT_CODES}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        first, self.exit_code = not self.requested, self._EXIT_CODES[number]
-        if first:
-            return
-        for other in self._EXIT_CODES:
-            signal.signal(other, signal.SIG_DFL)
-        raise Interrupted("stopped at once, without saving", self.exit_code)
+def _heard(exit_code: int) -> int:
+    """This rank's exit code, or the one that another rank has told; 0 = none so far."""
+    if _store is None:
+        return exit_code
+    if exit_code:
+        _store.set(_ASKED, str(exit_code))
+    return int(_store.get(_ASKED)) if _store.check([_ASKED]) else 0
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
@@ -189,11 +178,9 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def _join(rank: int, world_size: int, address: str | None, device: torch.device, deadline_s: float) -> None:
+    global _store
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{address}" if address else "env://",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=deadline_s),
-    )
+    timeout = timedelta(seconds=deadline_s)
+    meeting = dist.rendezvous(f"tcp://{address}" if address else "env://", rank, world_size, timeout=timeout)
+    _store, rank, world_size = next(meeting)
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)

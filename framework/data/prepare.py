@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -39,11 +39,12 @@ from framework.data.shards import (
 )
 from framework.data.sources import Located, Source, open_sources, read_located
 
-Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+Progress = Callable[[int, int], None]  # (bytes read, bytes in all); (0, 0) while another process prepares the same
 
 _JOURNAL = "journal.json"
 _BATCH = 256  # samples rendered at once, or fewer where they are long
 _BATCH_BYTES = 1 << 18
+_LOCK_EVERY_S = 0.1  # between two tries for a lock that another process holds
 JOURNAL_EVERY_S = 2.0  # between two syncs to disk; a crash costs at most this much work
 
 
@@ -89,7 +90,7 @@ def prepare(preparation: Preparation, cache: Path, progress: Progress | None = N
     if (folder / MANIFEST).exists():
         return Shards(folder)
     try:
-        with _locked(cache, folder.name):
+        with _locked(cache, folder.name, progress):
             if not (folder / MANIFEST).exists():
                 _make(preparation, sources, folder, progress)
     except OSError as error:
@@ -122,12 +123,23 @@ def _sha256(file: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(cache: Path, name: str) -> Iterator[None]:
+def _locked(cache: Path, name: str, progress: Progress | None) -> Iterator[None]:
     """One process at a time. The kernel releases the lock with its holder, however that one ends."""
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _taken(lock):
+            if progress is not None:
+                progress(0, 0)
+            time.sleep(_LOCK_EVERY_S)
         yield
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _make(preparation: Preparation, sources: list[Source], folder: Path, progress: Progress | None) -> None:

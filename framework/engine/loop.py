@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from framework.checkpoint.manager import CheckpointManager
+from framework.core.errors import Interrupted
 from framework.core.records import Metrics, Rows
-from framework.core.runtime import StopRequest, agreed
+from framework.core.runtime import agreed, heed
+from framework.core.signals import StopRequest
 from framework.engine.metrics import means, merge
 from framework.engine.pace import Pace
 from framework.engine.profiler import profiling
@@ -34,7 +36,7 @@ class Journal(Protocol):
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None: ...
     def advance(self, step: int, total: int) -> None: ...  # cheap, every step
-    def cut_back(self, step: int) -> None: ...  # forget what came after the restored step
+    def cut_back(self, step: int) -> None: ...  # forget what came after `step`; all, where it is -1
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class Course:
     skipped: int = 0  # of them, passed over for a gradient that was not finite
     before: Figures = field(default_factory=dict)
     figures: Figures = field(default_factory=dict)
+    owed: Figures | None = None  # the step's own, where a stop came before it was validated and logged
+
+    @property
+    def logged(self) -> int:
+        """The last step whose figures the journal should hold; -1 = not even those of step 0."""
+        return self.step - (self.owed is not None) if self.step else -1
 
 
 def train(
@@ -76,44 +84,50 @@ def train(
     """Go on from the newest checkpoint until `total_steps` are done. Collective.
 
     `every`, `validate_every` and `checkpoint_every` are in steps; 0 = at the end only. `digest_every` too; 0 = never,
-    else from step 0 on. `profile` is a folder for a
-    trace of steps 3 to 5; `peak_flops` are a second's, of all ranks together. Figures are logged before the checkpoint
-    of their step, which remembers those of that step for `best`. Raises Interrupted, after saving, once any rank was
-    asked to stop.
+    else from step 0 on. `profile` is a folder for a trace of steps 3 to 5; `peak_flops` are a second's, of all ranks
+    together. Figures are logged before the checkpoint of their step, which remembers those of that step for `best`.
+    Raises Interrupted, after saving, once any rank was asked to stop; a validation is broken off for it, and is the
+    first thing that a continued run does.
     """
     course = resume(engine, manager)
-    folder.cut_back(course.step)
+    folder.cut_back(course.logged)
     if course.step == 0:
-        course.before = _named("valid", evaluate(engine, valid, loss_fn)) if valid else {}
+        course.before = _named("valid", evaluate(engine, valid, loss_fn, stop)) if valid else {}
         _log(folder, 0, course.before, _digest(engine, 0, digest_every))
+
+    def save(figures: Figures) -> None:
+        manager.save(course.step, {PART: engine.shards()}, asdict(course), figures)
+
     pace = Pace(peak_flops)
     figures: Figures = {}  # of one step
     speed: Figures = {}  # beside them, and in no checkpoint: they are not the same twice
     with profiling(profile) as step_was_profiled:
-        while course.step < total_steps:
-            with pace:
-                metrics = engine.forward_backward(loader.batch(course.step), loss_fn)
-                report = engine.step()
-                pace.add(report.work)
-            step_was_profiled()
-            course.step += 1
-            course.skipped += report.skipped
-            last = course.step == total_steps
-            figures, speed = {}, {}
-            if last or _due(course.step, every):
-                figures = _named("train", describe(metrics, report) | {"skipped": course.skipped})
-                speed = _named("train", pace.take())
+        while course.step < total_steps or course.owed is not None:
+            speed = {}
+            if course.owed is None:
+                done = update(engine, loader, loss_fn, course, pace)
+                step_was_profiled()
+                course.owed = {}
+                if course.step == total_steps or _due(course.step, every):
+                    course.owed = _named("train", describe(*done) | {"skipped": course.skipped})
+                    speed = _named("train", pace.take())
+            folder.advance(course.step, total_steps)
+            last, figures = course.step >= total_steps, course.owed
             if valid and (last or _due(course.step, validate_every)):
-                figures |= _named("valid", evaluate(engine, valid, loss_fn))
+                try:
+                    figures = figures | _named("valid", evaluate(engine, valid, loss_fn, stop))
+                except Interrupted:
+                    save({})
+                    raise
+            course.owed = None
             course.figures |= figures
             _log(folder, course.step, figures | speed, _digest(engine, course.step, digest_every))
-            folder.advance(course.step, total_steps)
             progress(course.step, **_shown(figures))
-            stopping = agreed(stop.requested)
-            if last or stopping or _due(course.step, checkpoint_every):
-                manager.save(course.step, {PART: engine.shards()}, asdict(course), figures)
-            if stopping:
-                raise stop.error(f"after step {course.step} of {total_steps}")
+            asked = agreed(stop.exit_code)
+            if last or asked or _due(course.step, checkpoint_every):
+                save(figures)
+            if asked:
+                raise stop.error(f"after step {course.step} of {total_steps}", asked)
     return Outcome(course.figures | speed, course.before)
 
 
@@ -126,10 +140,23 @@ def resume(engine: Engine, manager: CheckpointManager) -> Course:
     return Course(**checkpoint.state)
 
 
-def evaluate(engine: Engine, loader: Batches, loss_fn: LossFn) -> Figures:
-    """The means of the loss's metrics over every row of `loader`, each weighed by what it counts. Collective."""
+def update(engine: Engine, loader: Batches, loss_fn: LossFn, course: Course, pace: Pace) -> tuple[Metrics, StepReport]:
+    """One optimizer step. Collective."""
+    with pace:
+        metrics = engine.forward_backward(loader.batch(course.step), loss_fn)
+        report = engine.step()
+        pace.add(report.work)
+    course.step += 1
+    course.skipped += report.skipped
+    return metrics, report
+
+
+def evaluate(engine: Engine, loader: Batches, loss_fn: LossFn, stop: StopRequest) -> Figures:
+    """The means of the loss's metrics over every row of `loader`, each weighed by what it counts. Collective, with a
+    safe point before every batch."""
     total: Metrics = {}
     for rows in loader.evaluation_batches():
+        heed(stop, "during validation")
         total = merge(total, engine.measure(rows, loss_fn))
     return means(total)
 

@@ -4,7 +4,7 @@ It never calls a sharded module: ranks that decode different numbers of tokens w
 out: speculative decoding, prefix sharing between prompts, and quantised weights.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,11 +33,14 @@ class NativeGenerator:
         generation: GenerationConfig,
         stop_ids: Sequence[int],
         device: torch.device | str = "cpu",
+        pause: Callable[[], None] = lambda: None,
     ):
+        """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten."""
         require(generation.slots >= 1, f"generation.slots={generation.slots} must be at least 1")
         self.config = config
         self.slots = generation.slots
         self.device = torch.device(device)
+        self.pause = pause
         self.version = -1
         with torch.device("meta"):
             model = Transformer(config, strict=generation.strict)
@@ -72,7 +75,7 @@ class NativeGenerator:
         self._require_whole_policy()
         board = self._board(prompts, sampling, samples, width)
         for _ in Decoding(self._model, board, sampling, self._stop_ids, self.slots, seed).run():
-            pass
+            self.pause()
         return _rollout(board, self.version).to(prompts.tokens.device)
 
     def stream(self, prompt: Sequence[int], sampling: SamplingConfig, seed: int = 0) -> Iterator[int]:

@@ -4,7 +4,7 @@ Left out: chat templates. A prompt is text as the model is to read it (a documen
 its template has rendered), or ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -23,13 +23,14 @@ Prompt = str | Sequence[int]
 
 
 def load_generator(
-    folder: str, generation: GenerationConfig, device: str = "auto"
+    folder: str, generation: GenerationConfig, device: str = "auto", pause: Callable[[], None] = lambda: None
 ) -> tuple[NativeGenerator, Tokenizer]:
-    """The model of a Hugging Face folder, ready to generate, and its tokenizer, whose end token stops an answer."""
+    """The model of a Hugging Face folder, ready to generate, and its tokenizer, whose end token stops an answer.
+    `pause`: see NativeGenerator."""
     path = locate(folder)
     tokenizer = load_tokenizer(path)
     config, read, _ = read_folder(path)
-    generator = NativeGenerator(config, generation, (tokenizer.end_id,), choose_device(device))
+    generator = NativeGenerator(config, generation, (tokenizer.end_id,), choose_device(device), pause)
     generator.load(((name, read(name, whole(shape))) for name, shape in parameter_shapes(config).items()), version=0)
     return generator, tokenizer
 

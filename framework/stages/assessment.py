@@ -14,7 +14,7 @@ from framework.generation.config import SamplingConfig
 from framework.generation.text import responses
 from framework.objectives.kl import estimate_kl
 from framework.stages.config import PpoRun
-from framework.stages.job import Job, located
+from framework.stages.job import Job, Teller, located
 from framework.stages.roles import Roles
 from framework.stages.samples import as_figures
 from framework.stages.samples import run as run_task
@@ -27,13 +27,16 @@ _SEED = 1_000_003  # held-out answers are drawn apart from the training ones
 
 
 def open_prompts(
-    config: PpoRun, tokenizer: Tokenizer, open_rows: Callable[..., RowSource], say: Callable[[str], None]
+    job: Teller, config: PpoRun, tokenizer: Tokenizer, open_rows: Callable[..., RowSource]
 ) -> tuple[Loader, RowSource]:
     """The training prompts as batches, and the held-out ones (the training ones where the recipe names none)."""
-    data = located(config.data, say)
+    data = located(config.data, job.say)
     data = replace(data, valid=data.valid or data.train, max_tokens=config.rollout.max_prompt_tokens)
-    opened = [open_rows(data, part, tokenizer, config.prepared, config.seed) for part in ("train", "valid")]
-    say(f"{len(opened[0]):,} prompts, {len(opened[1]):,} held out; the first one:\n{opened[0].preview()}")
+    opened = []
+    for part in ("train", "valid"):
+        with job.preparing(part) as told:
+            opened.append(open_rows(data, part, tokenizer, config.prepared, config.seed, told))
+    job.say(f"{len(opened[0]):,} prompts, {len(opened[1]):,} held out; the first one:\n{opened[0].preview()}")
     batches = Loader(opened[0], config.rollout.prompts, config.seed)
     batches.require(config.ppo.iterations)
     return batches, opened[1]
@@ -58,6 +61,7 @@ class Assessor:
         rollout = self.roles.answer(prompts, samples, self.config.seed + _SEED)
         scores = self.roles.reward.score(rollout).result()
         texts = [self.tokenizer.decode(ids) for ids in responses(rollout)]
+        tasks = self._tasks()
         self._show(version, rollout, texts, scores)
         return _named(
             {
@@ -68,7 +72,7 @@ class Assessor:
                 "distinct_2": distinct_n(texts, 2),
                 "distinct_2/error": bootstrap_error(texts, lambda drawn: distinct_n(drawn, 2)),
             }
-            | self._tasks()
+            | tasks
         )
 
     def conclude(self, before: Figures, after: Figures) -> None:

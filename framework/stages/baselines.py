@@ -6,38 +6,42 @@ import numpy as np
 from torch import Tensor
 
 from framework.core.records import PreferenceBatch, TokenBatch
+from framework.core.runtime import heed
+from framework.core.signals import StopRequest
 from framework.data.loader import Batch, RowSource
 from framework.evaluation.baselines import Bigram, Pair, PairClassifier
 
 _AT_ONCE = 256  # rows
 
 
-def bigram_nats(train: RowSource, valid: RowSource, vocab_size: int) -> float:
-    """Total nats of valid's labels under a Kneser–Ney bigram that learned from train's."""
-    bigram = Bigram.fit(_label_pairs(train), vocab_size)
-    return bigram.total_nats(_label_pairs(valid))
+def bigram_nats(train: RowSource, valid: RowSource, vocab_size: int, stop: StopRequest) -> float:
+    """Total nats of valid's labels under a Kneser–Ney bigram that learned from train's. Collective."""
+    bigram = Bigram.fit(_label_pairs(train, stop), vocab_size)
+    return bigram.total_nats(_label_pairs(valid, stop))
 
 
-def pair_accuracy(train: RowSource, valid: RowSource, vocab_size: int) -> float:
-    """The share of valid's pairs that length and bigrams of the answers alone get right."""
-    return PairClassifier.fit(list(_answers(train)), vocab_size).accuracy(list(_answers(valid)))
+def pair_accuracy(train: RowSource, valid: RowSource, vocab_size: int, stop: StopRequest) -> float:
+    """The share of valid's pairs that length and bigrams of the answers alone get right. Collective."""
+    return PairClassifier.fit(list(_answers(train, stop)), vocab_size).accuracy(list(_answers(valid, stop)))
 
 
-def _batches(rows: RowSource) -> Iterator[Batch]:
+def _batches(rows: RowSource, stop: StopRequest) -> Iterator[Batch]:
+    """All rows; every rank goes through all of them, and there is a safe point before each batch."""
     for start in range(0, len(rows), _AT_ONCE):
+        heed(stop, "while computing the baseline")
         yield rows.rows(np.arange(start, min(start + _AT_ONCE, len(rows))))
 
 
-def _label_pairs(rows: RowSource) -> Iterator[list[int]]:
+def _label_pairs(rows: RowSource, stop: StopRequest) -> Iterator[list[int]]:
     """(token, label) wherever a label counts: exactly what the model is asked."""
-    for batch in _batches(rows):
+    for batch in _batches(rows, stop):
         assert isinstance(batch, TokenBatch)
         pairs = zip(batch.tokens[batch.loss_mask].tolist(), batch.labels[batch.loss_mask].tolist(), strict=True)
         yield from map(list, pairs)
 
 
-def _answers(rows: RowSource) -> Iterator[Pair]:
-    for batch in _batches(rows):
+def _answers(rows: RowSource, stop: StopRequest) -> Iterator[Pair]:
+    for batch in _batches(rows, stop):
         assert isinstance(batch, PreferenceBatch)
         yield from zip(_labels(batch.chosen), _labels(batch.rejected), strict=True)
 

@@ -4,6 +4,7 @@ Left out: changing data (curation), and what a sample becomes in a stage (`frame
 """
 
 import argparse
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,11 @@ from framework.data import preference, pretrain, prompts, sft
 from framework.data.sources import Report, Source, described, open_sources, read_located
 from framework.stages.assessment import open_prompts
 from framework.stages.config import PpoRun, RunConfig, TrainingRun
-from framework.stages.job import load_extensions
+from framework.stages.extensions import load_extensions
 from framework.stages.training import open_both
 from framework.stages.words import Words
 from framework.tokenization.load import load as load_tokenizer
+from framework.tracking.progress import Progress
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
 _ROWS = {"pretrain": pretrain.open_rows, "sft": sft.open_rows, "reward_model": preference.open_rows}
@@ -95,11 +97,23 @@ def prepare(words: list[str], compose: Compose) -> int:
         raise UsageError(f"data prepare {words[0]}: {nearest(words[0], [*_ROWS, 'ppo'])}")
     load_extensions(config.extensions)
     if isinstance(config, PpoRun):
-        open_prompts(config, load_tokenizer(config.init_from), prompts.open_rows, print)
+        open_prompts(_Terminal(), config, load_tokenizer(config.init_from), prompts.open_rows)
     else:
-        open_both(config, _ROWS[config.stage], load_tokenizer(config.init_from or config.tokenizer), print)
+        open_both(_Terminal(), config, _ROWS[config.stage], load_tokenizer(config.init_from or config.tokenizer))
     print(f"prepared under {config.data.cache or config.prepared}; {words[0]} finds it there")
     return 0
+
+
+class _Terminal:
+    """What is told without a run."""
+
+    def say(self, line: str) -> None:
+        print(line)
+
+    @contextlib.contextmanager
+    def preparing(self, part: str) -> Iterator[Callable[[int, int], None]]:
+        with Progress(f"preparing {part} data", unit="bytes") as progress:
+            yield lambda done, _: progress(done)
 
 
 # --- stats ---------------------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from framework.core.config import find_file
 from framework.core.errors import DataError, Interrupted, UsageError
 from framework.core.registry import lookup
-from framework.core.runtime import Runtime, StopRequest, start
+from framework.core.runtime import Runtime, apart, heed, start
+from framework.core.signals import StopRequest, stop_request
 from framework.data.config import DataConfig
 from framework.data.sources import described, open_sources
 from framework.stages.config import NOT_IN_HASH, RunConfig, TrainingRun
@@ -20,6 +22,7 @@ from framework.stages.plan import plain
 from framework.tasks.task import get as get_task
 from framework.tracking.folder import RunFolder
 from framework.tracking.identity import LENGTHS
+from framework.tracking.progress import Progress
 from framework.workers.rule import find_reward
 
 
@@ -36,6 +39,13 @@ class Run:
         if name not in figures:
             raise UsageError(f"the run has no figure '{name}'; it has {', '.join(sorted(figures))}")
         return float(figures[name])
+
+
+class Teller(Protocol):
+    """Who is told what data are prepared: a Job, or a tool that has none."""
+
+    def say(self, line: str) -> None: ...
+    def preparing(self, part: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
 
 
 @dataclass
@@ -56,6 +66,22 @@ class Job:
         """A line for a person, from the main rank alone."""
         if self.runtime.is_main:
             print(line, flush=True)
+
+    @contextlib.contextmanager
+    def preparing(self, part: str) -> Iterator[Callable[[int, int], None]]:
+        """What to tell the progress of data preparation to, in bytes done and bytes in all; a safe point each time."""
+        enabled = self.config.tracking.progress
+        with (
+            apart(self.stop, "while preparing data") as point,
+            Progress(f"preparing {part} data", unit="bytes", enabled=enabled) as progress,
+        ):
+
+            def told(done: int, total: int) -> None:
+                if total:  # else it waits for another process that prepares the same
+                    progress(done)
+                point()
+
+            yield told
 
     def learned(self, what: str, after: float, before: float | str | None = None) -> None:
         """A row of the closing table: what was learned, before -> after."""
@@ -92,7 +118,8 @@ def open_job(
     ignored = [*NOT_IN_HASH, *(f"members.{stage}.{key}" for stage in members for key in inner)]
     folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main)
     try:
-        with StopRequest() as stop:
+        with stop_request() as stop:
+            heed(stop, "before it began")
             yield Job(config, folder, place, stop, {"extensions": extensions})
     except BaseException as error:
         state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

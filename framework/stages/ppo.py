@@ -14,7 +14,7 @@ from torch import Tensor
 
 from framework.checkpoint.manager import CheckpointManager
 from framework.core import random
-from framework.core.errors import UsageError
+from framework.core.errors import Interrupted, UsageError
 from framework.core.masked import masked_mean, masked_sum
 from framework.core.records import Experience, Rollout
 from framework.core.registry import lookup
@@ -53,7 +53,7 @@ def run(config: PpoRun) -> Run:
         if job.finished:
             return job.result()
         tokenizer = load_tokenizer(config.init_from)
-        prompts, held_out = open_prompts(config, tokenizer, open_rows, job.say)
+        prompts, held_out = open_prompts(job, config, tokenizer, open_rows)
         with open_roles(job, config, tokenizer, held_out) as roles:
             assessor = Assessor(job, config, roles, tokenizer, held_out)
             state = improve(job, config, roles, prompts, assessor)
@@ -64,28 +64,39 @@ def run(config: PpoRun) -> Run:
 
 
 def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: Assessor) -> State:
-    """The loop. It is saved, stopped and continued at the boundary between two iterations."""
-    manager = CheckpointManager(job.folder.checkpoints, config.checkpoint)
+    """The loop. It is saved, stopped and continued at the boundary between two iterations; a stop breaks off an
+    iteration that has not updated anything yet, and its rollout is drawn again."""
+    manager = CheckpointManager(job.folder.checkpoints, config.checkpoint, guard=job.folder.require_own)
     state = resume(config, roles, manager)
-    job.folder.cut_back(state.iteration)
+    saved = state.iteration if state.before else -1
+    job.folder.cut_back(saved)
     if not state.before:
         state = replace(state, before=assessor.assess(0))
     if state.iteration == 0 and (first := weights_digest(config, roles, 0)):
         job.folder.log(0, first)
     total = config.ppo.iterations
+
+    def save(figures: Figures) -> None:
+        with manager.saving(state.iteration, asdict(state), figures) as staging:
+            roles.save(staging)
+
     with Progress("ppo", total, "iterations", state.iteration, config.tracking.progress) as progress:
         while state.iteration < total:
-            state, figures = iterate(job, config, roles, prompts, state)
+            try:
+                state, figures = iterate(job, config, roles, prompts, state)
+            except Interrupted:
+                if saved != state.iteration:
+                    save({})
+                raise
             job.folder.log(state.iteration, {**figures, **weights_digest(config, roles, state.iteration)})
             job.folder.advance(state.iteration, total)
             progress(state.iteration, score=figures["ppo/score/mean"], kl=figures["ppo/kl/response"])
-            stopping = job.stop.requested
-            every = config.checkpoint.every
-            if stopping or state.iteration == total or (every and state.iteration % every == 0):
-                with manager.saving(state.iteration, asdict(state), figures) as staging:
-                    roles.save(staging)
-            if stopping:
-                raise job.stop.error(f"after iteration {state.iteration} of {total}")
+            asked, every = roles.asked(), config.checkpoint.every
+            if asked or state.iteration == total or (every and state.iteration % every == 0):
+                save(figures)
+                saved = state.iteration
+            if asked:
+                raise job.stop.error(f"after iteration {state.iteration} of {total}", asked)
     return state
 
 
@@ -94,6 +105,7 @@ def iterate(job: Job, config: PpoRun, roles: Roles, prompts: Loader, state: Stat
     synced = roles.publish(version=state.iteration)
     rollout = roles.answer(prompts.batch(state.iteration), config.rollout.samples, config.seed)
     judged = judge(roles, rollout)
+    roles.leave("before the update")
     experience, figures = make_experience(rollout, judged, state.kl_coefficient, config.ppo)
     figures |= synced | update(config, roles, experience, state.iteration)
     show_rollout(job, roles.tokenizer, experience, judged.scores, state.iteration + 1)

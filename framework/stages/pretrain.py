@@ -27,14 +27,14 @@ def run(config: PretrainRun) -> Run:
         if job.finished:
             return job.result()
         start = open_start(config)
-        rows = open_both(config, open_rows, start.tokenizer, job.say)
+        rows = open_both(job, config, open_rows, start.tokenizer)
         figures = fit(job, config, start, rows, token_loss)
         if rows.valid is not None:
             figures |= per_byte(figures, rows.valid)
             what = "held-out nats per byte"
             if config.evaluation.baselines:
-                bigram = bigram_nats(rows.train, rows.valid, start.model.vocab_size) / rows.valid.num_bytes
-                figures["baseline/bigram_nats_per_byte"] = bigram
+                nats = bigram_nats(rows.train, rows.valid, start.model.vocab_size, job.stop)
+                figures["baseline/bigram_nats_per_byte"] = bigram = nats / rows.valid.num_bytes
                 what = f"{what} (a bigram: {bigram:.3f})"
             job.learned(what, figures["valid/nats_per_byte"], figures["valid/nats_per_byte/before"])
         figures |= run_tasks(job, config, str(config.folder / "model"))

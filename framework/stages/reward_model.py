@@ -42,13 +42,13 @@ def run(config: RewardModelRun) -> Run:
         if job.finished:
             return job.result()
         start = open_start(config)
-        rows = open_both(config, open_rows, start.tokenizer, job.say)
+        rows = open_both(job, config, open_rows, start.tokenizer)
         loss = partial(ranking_loss, center_coefficient=config.center_coefficient)
         figures = fit(job, config, start, rows, loss, num_classes=1, describe=score_scale)
         if rows.valid is not None:
             what = "unseen pairs right"
             if config.evaluation.baselines:
-                style = pair_accuracy(rows.train, rows.valid, start.model.vocab_size)
+                style = pair_accuracy(rows.train, rows.valid, start.model.vocab_size, job.stop)
                 figures["baseline/length_and_bigram_accuracy"] = style
                 what = f"{what} (length and bigrams alone: {style:.2f})"
             job.learned(what, figures["valid/accuracy"], figures["valid/accuracy/before"])

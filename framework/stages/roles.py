@@ -16,6 +16,7 @@ from framework.cluster.group import Group
 from framework.cluster.session import Cluster, open_cluster
 from framework.core.places import is_url
 from framework.core.records import PromptBatch, Rollout, Tokenizer
+from framework.core.signals import StopRequest
 from framework.data.loader import RowSource
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.stages.config import PpoRun
@@ -46,6 +47,7 @@ class Roles:
     canary: PromptBatch
     strict: bool
     tokenizer: Tokenizer
+    stop: StopRequest
 
     def publish(self, version: int) -> dict[str, float]:
         """Give the generator the actor's weights as policy `version`, and prove it (law Sync)."""
@@ -57,9 +59,21 @@ class Roles:
         return digest
 
     def answer(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
-        """`samples` responses a prompt from the policy last published."""
-        rollout: Rollout = self.generator.generate(prompts, samples=samples, seed=seed).result()
+        """`samples` responses a prompt from the policy last published. A safe point while it waits, and at the end."""
+        pending = self.generator.generate(prompts, samples=samples, seed=seed)
+        rollout: Rollout = pending.result(partial(self.stop.leave, "while generating"))
+        self.leave("after generating")
         return rollout
+
+    def asked(self) -> int:
+        """The exit code that this process, or any worker's, was asked to leave with; 0 = none was."""
+        groups = (self.actor, self.critic, self.reference, self.reward, self.generator)
+        return self.stop.exit_code or max(group.asked() for group in groups)
+
+    def leave(self, where: str) -> None:
+        """A safe point: nothing has been updated since the last checkpoint could have been saved."""
+        if exit_code := self.asked():
+            raise self.stop.error(where, exit_code)
 
     def save(self, staging: Path) -> None:
         """Write what learns into a checkpoint's staging folder."""
@@ -105,7 +119,8 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
         }
         for group in groups.values():
             group.ready()
-        yield Roles(**groups, canary=first, strict=config.rollout.strict, tokenizer=tokenizer)
+            job.stop.leave("while the workers came up")
+        yield Roles(**groups, canary=first, strict=config.rollout.strict, tokenizer=tokenizer, stop=job.stop)
 
 
 def engine_specs(config: PpoRun) -> tuple[EngineSpec, EngineSpec]:

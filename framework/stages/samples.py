@@ -1,5 +1,6 @@
 """What a finished model says: the recipe's tasks run against it, with answers kept for the report."""
 
+from functools import partial
 from typing import Any
 
 from framework.core.records import Tokenizer
@@ -17,13 +18,17 @@ _SHOWN = 6  # answers of a task kept for the report
 
 
 def run_tasks(job: Job, config: TrainingRun | EvaluateRun, folder: str) -> Figures:
-    """Run every task of the recipe against the model in `folder`; on the main rank alone."""
+    """Run every task of the recipe against the model in `folder`; on the main rank alone. A stop forgets them all."""
     if not (config.evaluation.tasks and job.runtime.is_main):
         return {}
-    generator, tokenizer = load_generator(folder, config.generation, config.device)
+    pause = partial(job.stop.leave, "while running tasks")
+    generator, tokenizer = load_generator(folder, config.generation, config.device, pause)
+    results = [
+        run(name, generator, tokenizer, config.sampling, config.evaluation, config.tracking.progress)
+        for name in config.evaluation.tasks
+    ]
     figures: Figures = {}
-    for name in config.evaluation.tasks:
-        result = run(name, generator, tokenizer, config.sampling, config.evaluation, config.tracking.progress)
+    for name, result in zip(config.evaluation.tasks, results, strict=True):
         figures |= as_figures(result)
         job.learned(f"{name.replace('_', ' ')} (of {result.n})", result.score)
         for answer in result.answers[:_SHOWN]:

@@ -14,7 +14,7 @@ def run(config: SftRun) -> Run:
         if job.finished:
             return job.result()
         start = open_start(config)
-        rows = open_both(config, open_rows, start.tokenizer, job.say)
+        rows = open_both(job, config, open_rows, start.tokenizer)
         figures = fit(job, config, start, rows, token_loss)
         if rows.valid is not None:
             job.learned("held-out nats per response token", figures["valid/loss"], figures["valid/loss/before"])

@@ -16,11 +16,12 @@ def run(config: TokenizerRun) -> Run:
         if job.finished:
             return job.result()
         data = located(config.data, job.say)
-        learned = train(_texts(data.train, data.format), config.tokenizer)
+        texts = _texts(data.train, data.format)
+        learned = train(texts, config.tokenizer, lambda _: job.stop.leave("while reading texts"))
         learned.save(str(config.folder / "model"))
-        texts = list(_texts(data.valid_paths or data.train, data.format))
-        num_bytes = sum(len(text.encode()) for text in texts)
-        num_tokens = sum(map(len, learned.encode_many(texts)))
+        held_out = list(_texts(data.valid_paths or data.train, data.format))
+        num_bytes = sum(len(text.encode()) for text in held_out)
+        num_tokens = sum(map(len, learned.encode_many(held_out)))
         figures = {"vocab_size": learned.vocab_size, "bytes_per_token": num_bytes / max(1, num_tokens)}
         job.learned(f"bytes a token ({learned.vocab_size:,} tokens)", figures["bytes_per_token"], 1.0)
         return job.finish(figures)

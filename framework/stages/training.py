@@ -20,7 +20,7 @@ from framework.models.config import ModelConfig
 from framework.models.hub import read_folder, save_weights
 from framework.models.init import random_weights
 from framework.stages.config import TrainingRun
-from framework.stages.job import Job, located
+from framework.stages.job import Job, Teller, located
 from framework.tokenization.load import load as load_tokenizer
 from framework.tracking.progress import Progress
 
@@ -74,19 +74,19 @@ def with_fresh_heads(stored: ReadBox, names: set[str], model: ModelConfig, seed:
     return read
 
 
-def open_both(config: TrainingRun, open_rows: OpenRows, tokenizer: Tokenizer, say: Callable[[str], None]) -> Rows:
+def open_both(job: Teller, config: TrainingRun, open_rows: OpenRows, tokenizer: Tokenizer) -> Rows:
     """Prepare (or find prepared) the rows of both parts, and say what was read."""
-    data = located(config.data, say)
+    data = located(config.data, job.say)
 
     def opened(part: str) -> RowSource:
-        with Progress(f"preparing {part} data", unit="bytes", enabled=config.tracking.progress) as progress:
-            return open_rows(data, part, tokenizer, config.prepared, config.seed, lambda done, _: progress(done))
+        with job.preparing(part) as told:
+            return open_rows(data, part, tokenizer, config.prepared, config.seed, told)
 
     rows = Rows(opened("train"), opened("valid") if data.valid else None)
-    say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
-    say(rows.train.preview())
+    job.say(f"{len(rows.train):,} rows, {rows.train.num_tokens:,} trained tokens; the first sample:")
+    job.say(rows.train.preview())
     for reason, number in rows.train.skipped.items():
-        say(f"left out: {number:,} samples ({reason})")
+        job.say(f"left out: {number:,} samples ({reason})")
     if len(rows.train) < config.batch.size:
         raise UsageError(
             f"data.train makes only {len(rows.train)} rows, fewer than batch.size={config.batch.size}; "
@@ -133,7 +133,13 @@ def fit(
             batches,
             loss_fn,
             total_steps=total,
-            manager=CheckpointManager(job.folder.checkpoints, config.checkpoint, place.rank, place.world_size),
+            manager=CheckpointManager(
+                job.folder.checkpoints,
+                config.checkpoint,
+                place.rank,
+                place.world_size,
+                guard=job.folder.require_own,
+            ),
             folder=job.folder,
             progress=progress,
             stop=job.stop,

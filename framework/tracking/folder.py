@@ -111,13 +111,13 @@ class RunFolder:
             self._write_status()
 
     def cut_back(self, step: int) -> None:
-        """Forget what was logged after the restored `step`; 0 means that nothing was restored, and forgets all."""
+        """Forget what was logged after `step`; -1, where nothing was restored, forgets all."""
         if not self._may_write():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in _whole_lines(path) if step and 0 <= _step_of(line) <= step]
+                kept = [line for line in _whole_lines(path) if 0 <= _step_of(line) <= step]
                 replace_text(path, "".join(kept))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -179,6 +179,10 @@ class RunFolder:
             eta_seconds=None,
         )
         self._write_status()
+
+    def require_own(self) -> None:
+        """Raise where another attempt has taken the folder over."""
+        self._may_write()
 
     def _may_write(self) -> bool:
         """Whether this is the main rank; raises where another attempt has taken the folder over."""

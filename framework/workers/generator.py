@@ -1,12 +1,14 @@
 """The generator worker: weights of its own, received from the actor; prompts in, rollouts out."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from framework.cluster.marks import every, same, split_rows
 from framework.core.records import PromptBatch, Rollout
 from framework.core.runtime import Runtime
+from framework.core.signals import current
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.native import NativeGenerator
 from framework.models.hub import read_folder
@@ -27,7 +29,8 @@ class Generator:
         self.data_rank, self.data_size = runtime.rank, runtime.world_size
         self.sampling = sampling
         self.width = width
-        self.native = NativeGenerator(read_folder(folder)[0], generation, stop_ids, runtime.device)
+        pause = partial(current().leave, "while generating")
+        self.native = NativeGenerator(read_folder(folder)[0], generation, stop_ids, runtime.device, pause)
 
     @same
     def load(self, bucket: list[tuple[str, Tensor]], version: int) -> None:

@@ -28,7 +28,7 @@ def test_calls_answer_pendings_that_are_done(group: LocalGroup) -> None:
 
 def test_a_pending_is_waited_for_once() -> None:
     calls: list[int] = []
-    pending = Pending(lambda: calls.append(1) or len(calls))
+    pending = Pending(lambda _: calls.append(1) or len(calls))
     assert (pending.result(), pending.result(), calls) == (1, 1, [1])
 
 

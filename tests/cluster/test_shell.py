@@ -29,7 +29,7 @@ def test_a_process_writes_to_its_log_from_python_and_below(tmp_path: Path) -> No
     code = (
         "import os\nfrom framework.cluster.shell import Shell\n"
         f"Shell('actor', 0, {str(log)!r})\nprint('from python', flush=True)\nos.write(2, b'from below\\n')\n"
-        "os.kill(os.getpid(), 10)\nos.abort()"
+        "os.kill(os.getpid(), 12)\nos.abort()"
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     text = log.read_text()

@@ -14,6 +14,8 @@ import torch
 from framework.core import runtime
 from framework.core.errors import Interrupted, UsageError
 from framework.core.runtime import choose_device, free_port, num_gpus, num_threads, peak_flops, peak_memory_bytes
+from framework.core.signals import StopRequest
+from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -118,19 +120,37 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def test_a_signal_becomes_a_wish_and_a_second_one_leaves_at_once() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with runtime.StopRequest() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.requested
-        assert runtime.agreed(stop.requested)
-        assert stop.error("after step 3").exit_code == 143
-        with pytest.raises(Interrupted, match="without saving") as caught:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert caught.value.exit_code == 130
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) is before
+def _meet_apart(here: runtime.Runtime, asked: int | None) -> str | None:
+    """Rank 0 works piece by piece, rank 1 has nothing to do; `asked` is the rank that was asked to stop."""
+    stop = StopRequest()
+    if here.rank == asked:
+        stop.ask(signal.SIGINT)
+    try:
+        with runtime.apart(stop, "at work") as point:
+            while here.rank == 0 and asked is not None:  # ends only by what it hears
+                point()
+    except Interrupted as error:
+        return f"{error.exit_code} {error}"
+    return None
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1])
+def test_a_wish_is_heard_where_ranks_work_apart(asked: int | None) -> None:
+    said = None if asked is None else "130 stopped at work; the same command continues from here"
+    assert run_ranks(_meet_apart, 2, asked) == [said, said]
+
+
+def _heed_together(here: runtime.Runtime) -> int:
+    stop = StopRequest()
+    if here.rank == 1:
+        stop.ask(signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped after step 3") as caught:
+        runtime.heed(stop, "after step 3")
+    return caught.value.exit_code
+
+
+def test_ranks_leave_together_with_one_exit_code() -> None:
+    assert run_ranks(_heed_together, 2) == [130, 130]
 
 
 def test_an_interruption_keeps_its_code_when_pickled() -> None:

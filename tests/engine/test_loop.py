@@ -16,7 +16,8 @@ from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.manager import CheckpointManager
 from framework.core.errors import Interrupted
 from framework.core.records import Counts, Metrics, Rows, Scores
-from framework.core.runtime import Runtime, StopRequest
+from framework.core.runtime import Runtime
+from framework.core.signals import StopRequest, stop_request
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.loop import Outcome, evaluate, train
 from framework.engine.torch_engine import TorchEngine
@@ -61,7 +62,7 @@ class Journal:
         assert 0 < step <= total
 
     def cut_back(self, step: int) -> None:
-        kept = [line for line in self.lines if step and line["step"] <= step]
+        kept = [line for line in self.lines if line["step"] <= step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -73,7 +74,7 @@ def go(
     folder.mkdir(parents=True, exist_ok=True)
     engine = build(here, FSDP if here.world_size > 1 else SINGLE, arguments.pop("config", None))
     journal = Journal(folder / f"metrics-{here.rank}.jsonl")
-    with StopRequest() as stop:
+    with stop_request() as stop:
         outcome = train(
             engine,
             Batches(here, stop_at),
@@ -115,7 +116,7 @@ def test_every_figure_stands_at_its_step(tmp_path: Path) -> None:
 
 def test_validation_weighs_tokens_and_not_batches() -> None:
     engine = build()
-    both = evaluate(engine, Batches(Runtime()), language_loss)
+    both = evaluate(engine, Batches(Runtime()), language_loss, StopRequest())
     whole = engine.measure(packed(5, seed=1000), language_loss)["loss"]
     assert both["loss"] == pytest.approx(float(whole[0] / whole[1]), rel=1e-6)
 
@@ -225,7 +226,7 @@ def _stop_one_rank(runtime: Runtime, folder: Path) -> tuple[str, list[int], dict
 def test_all_ranks_grant_one_rank_s_wish_together(tmp_path: Path) -> None:
     _, plain, journal = go(tmp_path / "one")
     for message, numbers, after, lines in run_ranks(_stop_one_rank, 2, tmp_path / "two"):
-        assert message.startswith("stopped after step 3 of 6")
+        assert message.startswith("stopped during validation")  # of step 3, which the next attempt begins with
         assert numbers == [143, 6]
         for name, weight in weights(plain).items():
             torch.testing.assert_close(after[name], weight, rtol=1e-3, atol=1e-4)

@@ -23,13 +23,13 @@ def _sums(runtime: Runtime) -> tuple[object, ...]:
     ranks = Ranks(init_device_mesh("cpu", (2, 2), mesh_dim_names=DATA))
     mine = torch.tensor([runtime.rank, 10])
     total, table = ranks.sum(mine, "x"), ranks.gather(mine, "x")
-    wishes = agreed(runtime.rank == 2), agreed(False)
+    wishes = agreed(143 if runtime.rank == 2 else 0), agreed(0)
     return ranks.rank, ranks.size, total.tolist(), table.tolist(), mine.tolist(), wishes
 
 
 def test_sums_and_gathers_over_both_data_axes() -> None:
     table = [[0, 10], [1, 10], [2, 10], [3, 10]]
-    expected = [(rank, 4, [6, 40], table, [rank, 10], (True, False)) for rank in range(4)]
+    expected = [(rank, 4, [6, 40], table, [rank, 10], (143, 0)) for rank in range(4)]
     assert run_ranks(_sums, 4) == expected
 
 

@@ -111,6 +111,8 @@ def test_cut_back_keeps_several_lines_of_a_step_and_those_from_before_training(t
     assert [line["step"] for line in lines(tmp_path)] == [0, 2, 2]
     assert (tmp_path / "samples.jsonl").read_text().count("\n") == 3
     run.cut_back(0)
+    assert [line["step"] for line in lines(tmp_path)] == [0]
+    run.cut_back(-1)
     assert lines(tmp_path) == []
 
 
@@ -202,7 +204,7 @@ def test_a_leftover_attempt_cannot_write_any_more(tmp_path: Path, monkeypatch: p
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for write in (
         lambda: old.log(2, figures(2)), lambda: old.sample(2, {}), lambda: old.cut_back(0), lambda: old.finish({}),
-        lambda: old.advance(2, 10),
+        lambda: old.advance(2, 10), old.require_own,
     ):  # fmt: skip
         with pytest.raises(FrameworkError, match="attempt 1 is over"):
             write()
