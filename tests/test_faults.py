@@ -62,12 +62,10 @@ def stop_in(root: Path, stage: str, delay: float, number: int, *words: str) -> i
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    framework("pipeline", *WORDS, f"run.dir={folder / 'run'}", cwd=folder)
-    prints = fingerprints(folder / "run")
+def undisturbed(whole: Path) -> dict[str, str]:
+    prints = fingerprints(whole)
     for stage, count in (("pretrain", 9), ("sft", 9), ("reward_model", 9), ("ppo", 4)):  # from step 0 on
-        assert (folder / "run" / stage / "metrics.jsonl").read_text().count("weights/digest") == count
+        assert (whole / stage / "metrics.jsonl").read_text().count("weights/digest") == count
     assert {name.split("/")[0] for name in prints if "safetensors" in name} == set(KILLED)
     return prints
 

@@ -18,7 +18,7 @@ from framework.checkpoint.format import PartReader, Shards, write_part
 from framework.checkpoint.integrity import tensor_hash
 from framework.checkpoint.manager import CheckpointManager
 from framework.checkpoint.manifest import MANIFEST, Checkpoint
-from framework.core.errors import CheckpointError
+from framework.core.errors import CheckpointError, FrameworkError
 from framework.core.records import whole
 
 
@@ -284,6 +284,27 @@ def test_an_error_or_an_interrupt_while_tensors_are_gathered_leaves_nothing(tmp_
         with pytest.raises(type(error)):
             manager.save(3, {"model": broken(error)}, {})
         assert folders(tmp_path) == ["step_00000002"]
+
+
+def test_who_no_longer_owns_the_folder_neither_saves_nor_clears_away_what_the_new_owner_stages(tmp_path: Path) -> None:
+    owners = ["old"]
+
+    def guard() -> None:
+        if owners[-1] != "old":
+            raise FrameworkError("attempt 1 is over")
+
+    new, old = saved(tmp_path, 2), CheckpointManager(tmp_path, guard=guard)
+
+    def overtaken() -> None:
+        with old.saving(3, {}):
+            owners.append("new")
+            new.stage(3)
+
+    with pytest.raises(FrameworkError, match="attempt 1 is over"):
+        overtaken()
+    with pytest.raises(FrameworkError, match="attempt 1 is over"):
+        old.save(3, {"model": content(3)}, {})
+    assert folders(tmp_path) == [".step_00000003.partial", "step_00000002"]
 
 
 def test_several_parts_written_by_others(tmp_path: Path) -> None:
