@@ -74,8 +74,11 @@ def run(stage: str, overrides: Sequence[str] = ()) -> "Run":
 
 def run_stage(configs: tuple[RunConfig, ...]) -> "Run":
     """Run composed configs: a pipeline's tuple goes through `stages.pipeline`, a single one through its own stage."""
-    module = importlib.import_module(f"framework.stages.{configs[0].stage}")
-    finished: Run = module.run(configs[0]) if len(configs) == 1 else module.run(configs[0], configs[1:])
+    if len(configs) == 1:
+        from framework.stages.launch import launch
+
+        return launch(configs[0])
+    finished: Run = importlib.import_module("framework.stages.pipeline").run(configs[0], configs[1:])
     return finished
 
 
@@ -233,6 +236,14 @@ _PLUGINS = {
 }
 
 
+def _groups_of(stage: str) -> set[str]:
+    """The groups that a stage's recipe chooses from."""
+    import yaml
+
+    recipe = yaml.safe_load((recipes_folder() / f"{stage}.yaml").read_text(encoding="utf-8"))
+    return {name for entry in recipe["defaults"] if isinstance(entry, dict) for name in entry}
+
+
 def _groups() -> list[str]:
     return [path.name for path in recipes_folder().iterdir() if path.is_dir() and path.name not in ("corpora", "sweep")]
 
@@ -303,7 +314,8 @@ def _compose_member(pipeline: PipelineRun, member: str, forwarded: list[str]) ->
         if dot and head in members and "=" not in head:
             words += [rest] if head == stage else []
         elif key in fields and key != "run":
-            words.append(word)
+            is_choice = key in _groups() and not word.startswith(f"{key}.")
+            words += [word] if not is_choice or key in _groups_of(stage) else []
         elif not any(key in {f.name for f in dataclasses.fields(STAGES[m])} for m in members):
             keys = {name for member in members for name in _defaults(member)}
             ours = ours_for(key, keys)
@@ -367,8 +379,7 @@ def _help() -> str:
 
 def _stage_help(stage: str) -> str:
     keys = "\n".join(f"  {key}={_shown(value)}" for key, value in sorted(_defaults(stage).items()) if key != "stage")
-    fields = {field.name for field in dataclasses.fields(STAGES[stage])} | {"experiment"}
-    groups = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in sorted(fields & set(_groups())))
+    groups = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in sorted(_groups_of(stage) & set(_groups())))
     return f"framework {stage}: {STAGES[stage].__doc__}\n\ngroups\n{groups}\n\nkeys and defaults\n{keys}"
 
 

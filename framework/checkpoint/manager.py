@@ -197,6 +197,8 @@ def _sentence(error: BaseException) -> str:
 
 def _sync_folder(folder: Path) -> None:
     """The entries of a folder reach the disk like those of a file."""
+    if os.name == "nt":  # no folder can be opened there
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

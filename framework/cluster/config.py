@@ -13,6 +13,18 @@ class ClusterKind(Choice):
 
 
 @dataclass(frozen=True)
+class RanksConfig:
+    """How many processes of this machine train together. torchrun's world, where there is one, stands instead."""
+
+    workers: int | str = "auto"  # auto = one a GPU that torch sees; one on a CPU and under parallel=single
+
+    def __post_init__(self) -> None:
+        asked = self.workers
+        known = asked == "auto" if isinstance(asked, str) else asked >= 1
+        require(known, f"cluster.workers={asked}: choose auto, or a number of processes from 1 on")
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """`address` empty starts a private Ray on this machine and shuts it down again; else that Ray is joined."""
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from framework.core import driver
 from framework.core.errors import Interrupted, UsageError
 from framework.core.signals import StopRequest
 
@@ -127,17 +128,35 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
-    if device == "cuda" or os.path.exists("/dev/nvidia0"):
-        raise UsageError(
-            f"device={device}: torch {torch.__version__} cannot use a GPU here; install a CUDA build of torch that "
-            "fits the driver, or say device=cpu to train on the CPU"
-        )
+    if device == "cuda" or driver.has_gpu():
+        why = driver.why_unusable(torch.__version__, torch.version.cuda, _cuda_error())
+        raise UsageError(f"device={device}: no GPU can be used: {why}, or say device=cpu to train on the CPU")
     return torch.device("cpu")
+
+
+def _cuda_error() -> str:
+    """Why CUDA does not start, in torch's words; "" where it does."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def num_gpus() -> int:
     """GPUs that torch can use here."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def places(device: str, count: int) -> list[str]:
+    """Where ranks 0.. of this machine would stand: "cpu", or "cuda:1 (NVIDIA H100 80GB HBM3)"."""
+    found = [choose_device(device, rank) for rank in range(count)]
+    return [f"{each} ({torch.cuda.get_device_name(each)})" if each.type == "cuda" else str(each) for each in found]
+
+
+def in_world() -> bool:
+    """Whether torchrun, or whoever else sets its variables, started this process as one of several ranks."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from framework.core.errors import DataError
-from framework.core.records import PreferenceBatch, PreferenceSample, Sample, TokenBatch, Tokenizer
-from framework.data.chat_template import UnstableTokens, render_answer
+from framework.core.records import PreferenceBatch, PreferenceSample, Rendered, Sample, TokenBatch, Tokenizer
+from framework.data.chat_template import UnstableTokens, render_answers
 from framework.data.config import DataConfig
 from framework.data.loader import RowSource
 from framework.data.mixture import open_parts
@@ -71,19 +71,29 @@ class PairRows(PreparedRows):
 
 def render_pairs(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -> list[Prepared | Skip]:
     """Both answers behind their prompt, each ended by the end token; only the answers are trained."""
-    return [_pair(tokenizer, max_tokens, sample) for sample in samples]
+    pairs = [_checked(sample) for sample in samples]
+    rendered = render_answers(tokenizer, [(p.prompt, answer) for p in pairs for answer in _answers(p)])
+    sides = iter(rendered)
+    return [_pair(max_tokens, p, [next(sides) for _ in _answers(p)]) for p in pairs]
 
 
-def _pair(tokenizer: Tokenizer, max_tokens: int, sample: Sample) -> Prepared | Skip:
+def _checked(sample: Sample) -> PreferenceSample:
     if not isinstance(sample, PreferenceSample):
         raise DataError("a reward model takes pairs (formats preference, hh, medicalgpt)")
-    if sample.chosen == sample.rejected:
+    return sample
+
+
+def _answers(sample: PreferenceSample) -> tuple[str, ...]:
+    """Both, or none where they are equal."""
+    return () if sample.chosen == sample.rejected else (sample.chosen, sample.rejected)
+
+
+def _pair(max_tokens: int, sample: PreferenceSample, rendered: list[Rendered | UnstableTokens]) -> Prepared | Skip:
+    if not rendered:
         return Skip("chosen and rejected are equal")
-    answers = (sample.chosen, sample.rejected)
-    try:
-        sides = [render_answer(tokenizer, sample.prompt, answer) for answer in answers]
-    except UnstableTokens as error:
-        return Skip(str(error))
+    sides = [side for side in rendered if isinstance(side, Rendered)]
+    if len(sides) < len(rendered):
+        return Skip(next(str(side) for side in rendered if isinstance(side, UnstableTokens)))
     longest = max(len(side.ids) for side in sides)
     if longest > max_tokens:
         return Skip(OVER_LENGTH, longest)
@@ -91,6 +101,6 @@ def _pair(tokenizer: Tokenizer, max_tokens: int, sample: Sample) -> Prepared | S
         sequences=tuple(side.ids for side in sides),
         masks=tuple(side.loss_mask for side in sides),
         num_tokens=sum(sum(side.loss_mask) for side in sides),
-        num_bytes=sum(len(answer.encode()) for answer in answers),
+        num_bytes=sum(len(answer.encode()) for answer in _answers(sample)),
         margin=sample.margin,
     )

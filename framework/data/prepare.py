@@ -8,7 +8,6 @@ name when it is whole. Left out: removing what is no longer used; deleting a cac
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import json
@@ -18,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import numpy as np
 
 from framework.core.config import digest
@@ -126,18 +126,20 @@ def _sha256(file: str) -> str:
 def _locked(cache: Path, name: str, progress: Progress | None) -> Iterator[None]:
     """One process at a time. The kernel releases the lock with its holder, however that one ends."""
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".{name}.lock", "w") as lock:
-        while not _taken(lock):
-            if progress is not None:
-                progress(0, 0)
-            time.sleep(_LOCK_EVERY_S)
-        yield
-
-
-def _taken(lock: IO[str]) -> bool:
+    lock = filelock.FileLock(cache / f".{name}.lock")
+    while not _taken(lock):
+        if progress is not None:
+            progress(0, 0)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        yield
+    finally:
+        lock.release()
+
+
+def _taken(lock: filelock.BaseFileLock) -> bool:
+    try:
+        lock.acquire(timeout=_LOCK_EVERY_S)
+    except filelock.Timeout:
         return False
     return True
 
@@ -316,6 +318,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _sync(path: Path) -> None:
     """What was written to a file, or which names a folder holds, survives a power failure from here on."""
+    if os.name == "nt":  # no folder can be opened there, and no read-only file synced
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

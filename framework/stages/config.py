@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from framework.checkpoint.config import CheckpointConfig
-from framework.cluster.config import ClusterConfig, ClusterKind
+from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
 from framework.core.config import require
 from framework.data.config import BatchConfig, DataConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
@@ -109,6 +109,7 @@ class TrainingRun(RunConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: RanksConfig = field(default_factory=RanksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -44,6 +44,7 @@ def _torch_lines() -> list[tuple[str, str, str]]:
         return [("MISSING", "torch", f"{error}; pip install torch")]
     import torch.distributed as dist
 
+    from framework.core.driver import find_driver
     from framework.core.runtime import choose_device, num_gpus
 
     try:
@@ -56,6 +57,7 @@ def _torch_lines() -> list[tuple[str, str, str]]:
     return [
         ("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("ok", "device", device),
+        ("ok", "driver", str(driver)) if (driver := find_driver()) else ("absent", "driver", "no NVIDIA GPU here"),
         ("ok", "collectives", ", ".join(backends)),
     ]
 

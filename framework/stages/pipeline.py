@@ -1,6 +1,5 @@
 """Several stages as one run: each in its own folder, in order, finished ones skipped; then the table and the report."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from framework.stages.config import PipelineRun, RunConfig
 from framework.stages.job import Run, open_job
+from framework.stages.launch import launch
 from framework.stages.plan import plain
 from framework.tracking.report import write_report
 from framework.tracking.status import duration
@@ -26,7 +26,7 @@ def run(config: PipelineRun, members: Sequence[RunConfig]) -> Run:
         runs = []
         for number, member in enumerate(members, start=1):
             console.print(f"[bold]{number}/{len(members)} {member.stage}[/bold] -> {member.run.dir}")
-            runs.append(importlib.import_module(f"framework.stages.{member.stage}").run(member))
+            runs.append(launch(member))
         report = write_report(config.folder / "report.html", [done.folder for done in runs])
         console.print(_table(runs))
         console.print(f"report: {report}", soft_wrap=True)

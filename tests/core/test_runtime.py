@@ -1,6 +1,5 @@
 """Where a process stands: device choice and its refusals, threads, ports, a process group of two."""
 
-import os
 import pickle
 import signal
 import socket
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from framework.core import runtime
+from framework.core import driver, runtime
+from framework.core.driver import Driver
 from framework.core.errors import Interrupted, UsageError
 from framework.core.runtime import choose_device, free_port, num_gpus, num_threads, peak_flops, peak_memory_bytes
 from framework.core.signals import StopRequest
@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    monkeypatch.setattr(driver, "has_gpu", lambda: False)
+    monkeypatch.setattr(driver, "find_driver", lambda: None)
 
 
 @pytest.mark.usefixtures("_no_gpu")
@@ -35,14 +36,15 @@ def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
 
 @pytest.mark.usefixtures("_no_gpu")
 def test_cuda_without_a_gpu_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UsageError, match=r"device=cuda: torch .* cannot use a GPU here.*device=cpu"):
+    with pytest.raises(UsageError, match=r"device=cuda: .* torch .* no NVIDIA driver was found.*device=cpu"):
         choose_device("cuda")
 
 
 def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidia0")
-    with pytest.raises(UsageError, match=r"device=auto: .*install a CUDA build"):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(driver, "find_driver", lambda: Driver("550.54.15", "12.4"))
+    with pytest.raises(UsageError, match=r"device=auto: .*without CUDA, driver 550.*12\.4.*a torch built for CUDA 12"):
         choose_device("auto")
     assert choose_device("cpu") == CPU
 

@@ -13,7 +13,14 @@ from transformers import AutoTokenizer
 
 from framework.core.errors import UsageError
 from framework.core.records import Message, Tokenizer
-from framework.data.chat_template import UnstableTokens, render_answer, render_conversation, render_prompt
+from framework.data.chat_template import (
+    UnstableTokens,
+    render_answer,
+    render_answers,
+    render_conversation,
+    render_conversations,
+    render_prompt,
+)
 from framework.tokenization.config import TokenizerConfig, TokenizerKind
 from framework.tokenization.load import HubTokenizer
 from framework.tokenization.train import train
@@ -123,3 +130,15 @@ def test_an_answer_that_begins_inside_a_token_is_told_apart() -> None:
     with pytest.raises(UnstableTokens, match="a token reaches across"):
         render_answer(tokenizer, [Message("user", "q")], "\na")
     assert render_answer(tokenizer, [Message("user", "q")], "a\n").ids[-1] == tokenizer.end_id
+    unstable, whole = render_answers(tokenizer, [([Message("user", "q")], answer) for answer in ("\na", "a\n")])
+    assert isinstance(unstable, UnstableTokens)
+    assert whole == render_answer(tokenizer, [Message("user", "q")], "a\n")
+
+
+def test_rendered_together_equals_rendered_one_by_one(tokenizer: Tokenizer) -> None:
+    prompts = [CHAT[:1], CHAT[:3], CHAT]
+    one_by_one = [render_conversation(tokenizer, messages) for messages in prompts]
+    assert render_conversations(tokenizer, prompts) == one_by_one
+    assert render_conversations(tokenizer, []) == []
+    pairs = [(CHAT[:2], "ok"), (CHAT[:4], "")]
+    assert render_answers(tokenizer, pairs) == [render_answer(tokenizer, *pair) for pair in pairs]

@@ -1,0 +1,97 @@
+"""The benchmarks run, and all rivals do the same work; tiny sizes, and no speed is looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import contest, preparation, sft, startup, step
+from tests.benchmarks.contest import Lap, Laps, Pledge, Run
+from tests.benchmarks.material import long_conversations, write_records
+
+
+class Over(Exception):
+    """A contestant has done what was asked of it."""
+
+
+class Once(Laps):
+    """The line of a contestant that runs in this process, up to the end of its first lap."""
+
+    def __init__(self) -> None:
+        self.pledge, self.lap = Pledge(), (0, 0)
+
+    def ready(self, equal: object = None, close: object = None) -> None:
+        self.pledge = Pledge(equal or {}, close or {})  # type: ignore[arg-type]
+
+    def done(self, trained: int, read: int) -> None:
+        self.lap = (trained, read)
+        raise Over
+
+
+def run_once(contestants: dict[str, Run], place: Path) -> list[Once]:
+    """Every contestant's first lap; none may do other work than the first."""
+    lines = []
+    for number, (name, run) in enumerate(contestants.items()):
+        own = place / f"contestant-{number}"
+        own.mkdir()
+        lines.append(Once())
+        with pytest.raises(Over):
+            run(own, lines[-1])
+        contest._agree(name, lines[-1].pledge, lines[0].pledge)
+    return lines
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> sft.Task:
+    sizes = {"rounds": 1, "steps": 1, "rows": 2, "max_tokens": 32, "width": 16, "layers": 1, "threads": 1}
+    args = contest.options("", [], **sizes, samples=40)
+    return sft.prepared(tmp_path, args)
+
+
+def test_trainers_start_at_one_loss_and_train_the_same_tokens(task: sft.Task) -> None:
+    lines = run_once(sft.contestants(task), task.place)
+    assert lines[0].pledge.equal["trained tokens an epoch"] == lines[-1].pledge.equal["trained tokens an epoch"] > 200
+    assert all(0 < trained < read for trained, read in (line.lap for line in lines))
+
+
+def test_the_bare_loop_does_our_steps(task: sft.Task) -> None:
+    lines = run_once(step.contestants(task), task.place)
+    assert len({line.lap for line in lines}) == 1
+
+
+@pytest.mark.parametrize("kind", preparation.OPEN_ROWS)
+def test_both_ways_to_prepare_make_the_same_tokens(task: sft.Task, kind: str) -> None:
+    file = write_records(task.place / f"{kind}.jsonl", preparation.records(kind, kilobytes=20))
+    lines = run_once(preparation.contestants(preparation.Task(task.model, file, kind, 1, 1024)), task.place)
+    assert len({line.lap for line in lines}) == 1
+    assert lines[0].lap[1] > 3000
+
+
+def test_samples_of_the_large_file_differ() -> None:
+    made = [json.dumps(record) for record in long_conversations(kilobytes=30)]
+    assert len(set(made)) == len(made) > 24
+
+
+def test_a_rival_that_does_other_work_is_found_out() -> None:
+    ours = Pledge({"ids": 3}, {"loss": 2.0})
+    with pytest.raises(AssertionError, match="theirs"):
+        contest._agree("theirs", Pledge({"ids": 4}, {"loss": 2.0}), ours)
+    with pytest.raises(AssertionError, match="theirs"):
+        contest._agree("theirs", Pledge({"ids": 3}, {"loss": 2.001}), ours)
+    contest._agree("theirs", Pledge({"ids": 3}, {"loss": 2.0001}), ours)
+
+
+def test_factors_are_taken_round_by_round() -> None:
+    ours, theirs = [(1.0, 1.0), (4.0, 1.0)], [(2.0, 2.0), (8.0, 4.0)]
+    laps = {name: [Lap(*times, 10, 0) for times in own] for name, own in (("ours", ours), ("theirs", theirs))}
+    result = contest.Contest(laps, Pledge())
+    assert result.ratios("theirs") == [2.0, 2.0]
+    assert result.ratios("theirs", "busy") == [2.0, 4.0]
+
+
+def test_real_rivals_race_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    startup.main(["--rounds", "1", "--out", str(tmp_path / "bench.json")])
+    laps = json.loads((tmp_path / "bench.json").read_text())["Starting"]["laps"]
+    assert set(laps) == set(startup.COMMANDS)
+    assert all(len(own) == 1 and own[0]["seconds"] > 0 for own in laps.values())
+    assert "ours is faster by the factor" in capsys.readouterr().out
