@@ -17,8 +17,15 @@ def local(place: str | Path) -> Path:
 
     FRAMEWORK_SPOOL is ~/.cache/framework/spool where the environment does not say.
     """
-    if not is_url(str(place)):
-        return Path(place)
-    scheme, _, rest = str(place).partition("://")
+    return _below("", place) if is_url(str(place)) else Path(place)
+
+
+def watched(url: str) -> Path:
+    """Where a run is looked at that another process, maybe one of this machine, is working on."""
+    return _below(".watched", url)
+
+
+def _below(folder: str, url: str | Path) -> Path:
+    scheme, _, rest = str(url).partition("://")
     root = os.environ.get("FRAMEWORK_SPOOL") or Path.home() / ".cache/framework/spool"
-    return Path(root, scheme, *filter(None, rest.split("/")))
+    return Path(root, folder, scheme, *filter(None, rest.split("/")))

@@ -36,6 +36,7 @@ class Journal(Protocol):
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None: ...
     def advance(self, step: int, total: int) -> None: ...  # cheap, every step
+    def flush(self) -> None: ...  # after a checkpoint: what is elsewhere is brought up to date
     def cut_back(self, step: int) -> None: ...  # forget what came after `step`; all, where it is -1
 
 
@@ -97,6 +98,7 @@ def train(
 
     def save(figures: Figures) -> None:
         manager.save(course.step, {PART: engine.shards()}, asdict(course), figures)
+        folder.flush()
 
     pace = Pace(peak_flops)
     figures: Figures = {}  # of one step

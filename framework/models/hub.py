@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from framework.core.errors import CheckpointError, UsageError, nearest
+from framework.core.places import local
 from framework.core.records import Box, ReadBox
 from framework.core.registry import lookup, names
 from framework.models.config import ModelConfig
@@ -101,7 +102,7 @@ def save_weights(
 def locate(folder: str | Path) -> Path:
     """The local folder: `folder` itself, or a hub name ("HuggingFaceTB/SmolLM2-135M") through huggingface_hub and its
     cache, offline and endpoint variables respected."""
-    path = Path(folder)
+    path = local(folder)
     if path.is_dir():
         return path
     if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):

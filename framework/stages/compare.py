@@ -11,7 +11,7 @@ from typing import Any
 from framework.core.config import without
 from framework.core.errors import UsageError
 from framework.stages.config import NOT_IN_HASH
-from framework.stages.watch import stages_of
+from framework.stages.watch import here, stages_of
 from framework.stages.words import Words
 from framework.tracking.comparison import Comparison, Curve, Recorded, read_run, spread
 from framework.tracking.identity import LENGTHS
@@ -38,8 +38,8 @@ def compare(words: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Words("framework compare", description="what differs between two runs, or two pipelines stage by stage")
-    parser.add_argument("left", metavar="RUN", type=Path, help="a run folder, or a pipeline's")
-    parser.add_argument("right", metavar="RUN", type=Path)
+    parser.add_argument("left", metavar="RUN", type=here, help="a run folder, or a pipeline's")
+    parser.add_argument("right", metavar="RUN", type=here)
     parser.add_argument("--steps", type=int, default=6, help="of how many common steps the figures are shown")
     parser.add_argument("--html", metavar="FILE", type=Path, help="draw the curves into a page that needs no network")
     return parser

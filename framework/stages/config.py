@@ -9,6 +9,7 @@ from pathlib import Path
 from framework.checkpoint.config import CheckpointConfig
 from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
 from framework.core.config import require
+from framework.core.places import local
 from framework.data.config import BatchConfig, DataConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
 from framework.evaluation.config import EvaluationConfig
@@ -67,7 +68,7 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run.dir)
+        return local(self.run.dir)
 
     @property
     def prepared(self) -> Path:

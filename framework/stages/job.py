@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,8 +12,9 @@ from typing import Any, Protocol
 
 from framework.core.config import find_file
 from framework.core.errors import DataError, Interrupted, UsageError
+from framework.core.places import is_url
 from framework.core.registry import lookup
-from framework.core.runtime import Runtime, apart, heed, start
+from framework.core.runtime import Runtime, agreed, apart, heed, start
 from framework.core.signals import StopRequest, stop_request
 from framework.data.config import DataConfig
 from framework.data.sources import described, open_sources
@@ -23,6 +25,7 @@ from framework.tasks.task import get as get_task
 from framework.tracking.folder import RunFolder
 from framework.tracking.identity import LENGTHS
 from framework.tracking.progress import Progress
+from framework.tracking.remote import Remote, brought
 from framework.workers.rule import find_reward
 
 
@@ -111,12 +114,13 @@ def open_job(
     place = start(config.device, config.threads, config.deterministic)
     if isinstance(config, TrainingRun):
         config.parallel.check_world(place.world_size)
-    digests = {role: folder_digest(path) for role, path in (parents or {}).items() if path}
+    digests = {role: folder_digest(str(brought(path))) for role, path in (parents or {}).items() if path}
     whole = plain(config) | dict(recipe or {}) | _named_code(config, extensions)
     members = whole.get("members", {})
     inner = [key for key in NOT_IN_HASH if key not in LENGTHS]  # a longer member makes another pipeline
     ignored = [*NOT_IN_HASH, *(f"members.{stage}.{key}" for stage in members for key in inner)]
-    folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main)
+    remote = _open_remote(config, place) if is_url(config.run.dir) else None
+    folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main, remote=remote)
     try:
         with stop_request() as stop:
             heed(stop, "before it began")
@@ -129,6 +133,19 @@ def open_job(
         folder.close()
 
 
+def _open_remote(config: RunConfig, place: Runtime) -> Remote:
+    """The run's folder on object storage; its spool is there for all ranks when this returns. Collective."""
+    if place.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)):
+        raise UsageError(
+            f"run.dir={config.run.dir}: several machines share no spool; give them a folder that they share"
+        )
+    remote = Remote(config.run.dir, config.folder)
+    if place.is_main:
+        remote.fetch()
+    agreed(0)
+    return remote
+
+
 def located(data: DataConfig, say: Callable[[str], None] | None = None) -> DataConfig:
     """`data` with its paths as they are found, each said with its format; one that leads nowhere, or to no known
     format, is a DataError that names its key."""
@@ -138,7 +155,7 @@ def located(data: DataConfig, say: Callable[[str], None] | None = None) -> DataC
             found = [f"{path}: {described(open_sources([path], data.format))}" for path in paths]
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
-        if say is not None:
+        if say is not None and found:
             say("\n".join(found))
     return replace(data, train=train, valid=valid or data.valid)
 

@@ -79,6 +79,7 @@ def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: A
     def save(figures: Figures) -> None:
         with manager.saving(state.iteration, asdict(state), figures) as staging:
             roles.save(staging)
+        job.folder.flush()
 
     with Progress("ppo", total, "iterations", state.iteration, config.tracking.progress) as progress:
         while state.iteration < total:

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from framework.core.errors import UsageError
 from framework.core.records import Message
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.text import generate_text, load_generator, stream_text
 from framework.stages.words import Words
+from framework.tracking.remote import brought
 
 
 def generate(words: list[str]) -> int:
@@ -57,8 +57,8 @@ def _ask() -> str | None:
 
 def _model(folder: str) -> str:
     """A model folder, or a run folder that has one."""
-    inner = Path(folder) / "model"
-    found = inner if (inner / "config.json").exists() else Path(folder)
+    place = brought(folder)
+    found = place / "model" if (place / "model/config.json").exists() else place
     if not (found / "config.json").exists():
         raise UsageError(f"{folder} holds no model (no config.json); name a run folder or its model/ folder")
     return str(found)

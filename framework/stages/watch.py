@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from framework.core.errors import UsageError
+from framework.core.places import is_url, watched
+from framework.tracking.remote import Remote
 from framework.tracking.report import write_report
 from framework.tracking.status import describe, read_status
 
@@ -17,7 +19,7 @@ def status(words: list[str]) -> int:
 def report(words: list[str]) -> int:
     """Write report.html again from what lies in the folders."""
     folders = _runs(words, "report")
-    print(write_report(Path(words[0]) / "report.html", folders))
+    print(write_report(here(words[0]) / "report.html", folders))
     return 0
 
 
@@ -25,11 +27,20 @@ def _runs(words: list[str], tool: str) -> list[Path]:
     """The named run folders; one that holds stages stands for them, in the order in which they ran."""
     if not words:
         raise UsageError(f"{tool} takes a run folder: framework {tool} runs/quickstart")
-    folders = [Path(word) for word in words]
+    folders = [here(word) for word in words]
     for folder in folders:
         if read_status(folder) is None and not stages_of(folder):
             raise UsageError(f"{folder} is not a run folder: it has no status.json")
     return [run for folder in folders for run in stages_of(folder) or [folder]]
+
+
+def here(place: str) -> Path:
+    """A run's folder; of one on object storage a copy that is brought up to date, models and checkpoints left there."""
+    if not is_url(place):
+        return Path(place)
+    copy = watched(place)
+    Remote(place, copy).look(heavy=False)
+    return copy
 
 
 def stages_of(folder: Path) -> list[Path]:

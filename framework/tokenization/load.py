@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from framework.core.errors import DataError, UsageError
+from framework.core.places import local
 from framework.core.records import Message
 from framework.tokenization import template, vocabulary
 
@@ -105,7 +106,7 @@ def load(folder: str | Path) -> HubTokenizer:
     The end token is the one that the chat template writes behind an answer where that is another than `eos_token`
     (base models with a chat template, e.g. Qwen2.5): a model must learn to stop where its conversations do.
     """
-    path = Path(folder)
+    path = local(folder)
     if not path.is_dir():
         raise UsageError(f"no such tokenizer folder: {folder}")
     if not (path / "tokenizer.json").is_file():

@@ -9,9 +9,11 @@ Figures are logged before the checkpoint of their step is saved; then `cut_back`
 nor doubles. Left out: wall-clock times in metrics.jsonl, so that a resumed file can equal an undisturbed one.
 """
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -25,22 +27,27 @@ from framework.tracking.atomic import replace_json, replace_text
 from framework.tracking.config import TrackingConfig
 from framework.tracking.identity import Identity, identify, refuse
 from framework.tracking.provenance import provenance
+from framework.tracking.remote import Remote, Unreachable
 from framework.tracking.status import Status, read_status, write_status
 from framework.tracking.tracker import Tracker, open_tracker
 
+_FLUSH_EVERY = 30.0  # seconds between two uploads of logs, where the run lives on object storage
 _STATUS_EVERY = 0.5  # seconds between status files while steps fly by
 
 
 class RunFolder:
     """Open with `RunFolder.open`. On other ranks than the main one every writing method does nothing."""
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], identity: Identity, is_main: bool):
-        self.path, self.recipe, self.identity, self.is_main = path, recipe, identity, is_main
+    def __init__(
+        self, path: Path, recipe: Mapping[str, Any], identity: Identity, is_main: bool, remote: Remote | None = None
+    ):
+        self.path, self.recipe, self.identity, self.is_main, self._remote = path, recipe, identity, is_main, remote
         self.attempt = 0  # 0 = this process may not write
         self._status = read_status(path) or Status()
         self._before, self._started = self._status.seconds, time.monotonic()
         self._pace: tuple[float, int] | None = None  # when and at which step this attempt began
         self._written = 0.0
+        self._taken, self._flushed = 0, time.monotonic()  # the attempt's number there, and when it was last sent
         self._opened: Tracker | None = None
 
     @classmethod
@@ -51,16 +58,18 @@ class RunFolder:
         parents: Mapping[str, str] | None = None,
         ignore: Iterable[str] = (),
         is_main: bool = True,
+        remote: Remote | None = None,
     ) -> Self:
         """Begin or continue the run of `recipe` (nested, plain) in `path`; a finished one is left untouched.
 
         `parents`: role -> digest of what the result depends on. `ignore`: dotted keys, or prefixes, that do not change
-        the answer. Raises UsageError where the folder holds another run, or the recipe's tracker cannot be had.
+        the answer. `remote`: the object storage that `path` is the spool of, already fetched. Raises UsageError where
+        the folder holds another run, or the recipe's tracker cannot be had.
         """
         path = Path(path)
         identity = identify(recipe, parents or {}, ignore)
         _compare(path, identity, ignore)
-        folder = cls(path, recipe, identity, is_main)
+        folder = cls(path, recipe, identity, is_main, remote)
         if is_main and not folder.is_finished:
             folder._begin()
         return folder
@@ -109,6 +118,15 @@ class RunFolder:
         self._status = replace(self._status, step=step, total=total, eta_seconds=eta)
         if now - self._written >= _STATUS_EVERY and self._may_write():
             self._write_status()
+        if self._remote and now - self._flushed >= _FLUSH_EVERY:
+            self._flush_or_warn()
+
+    def flush(self) -> None:
+        """Bring object storage, where the run lives on one, up to date: after a save, and at the end. Raises where it
+        cannot be reached, or a newer attempt has the run."""
+        if self._remote and self.is_main and self.attempt:
+            self._remote.flush(self._taken)
+            self._flushed = time.monotonic()
 
     def cut_back(self, step: int) -> None:
         """Forget what was logged after `step`; -1, where nothing was restored, forgets all."""
@@ -138,6 +156,7 @@ class RunFolder:
         self._write_status()
         figures = {name: _number(value) for name, value in dict(summary.get("figures", {})).items()}
         self._tracker.finish({name: value for name, value in figures.items() if value is not None})
+        self.flush()
 
     def fail(self, error: BaseException, state: str = "failed") -> None:
         """Say in status.json why the run stopped. Does nothing where a newer attempt has taken the folder over."""
@@ -145,6 +164,8 @@ class RunFolder:
             sentence = str(error) or type(error).__name__
             self._status = replace(self._status, state=state, last_error=sentence, eta_seconds=None)
             self._write_status()
+            with contextlib.suppress(FrameworkError):  # the error that ends the run is the one to tell
+                self.flush()
 
     def log_file(self, role: str, rank: int = 0) -> Path:
         """Where a role's rank logs: logs/ROLE-RANK.log."""
@@ -167,6 +188,7 @@ class RunFolder:
     def _begin(self) -> None:
         config = TrackingConfig(**self.recipe.get("tracking", {}))
         self.path.mkdir(parents=True, exist_ok=True)
+        self._taken = self._remote.take() if self._remote else 0
         self.attempt = _next_attempt(self.path)
         self._opened = open_tracker(self.path, config, self.recipe)
         replace_text(self.path / "config.yaml", yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True))
@@ -179,6 +201,14 @@ class RunFolder:
             eta_seconds=None,
         )
         self._write_status()
+
+    def _flush_or_warn(self) -> None:
+        """A storage that is away for a while stops no run; what was to be sent goes with the next flush."""
+        try:
+            self.flush()
+        except Unreachable as error:
+            self._flushed = time.monotonic()
+            print(f"{error}; the run goes on, and sends it later", file=sys.stderr)
 
     def require_own(self) -> None:
         """Raise where another attempt has taken the folder over."""

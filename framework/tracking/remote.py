@@ -18,15 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from framework.core.errors import FrameworkError, UsageError
+from framework.core.places import is_url, local
 from framework.tracking.atomic import replace_json
 
 _MARKER = ".attempt-"
 _SENT = ".sent.json"  # in the spool: the attempt that it belongs to, and size and time of each file as last uploaded
+_HEAVY = {"checkpoints", "model", "critic"}
 _LAST = ("manifest.json", "summary.json", "status.json")  # what makes other files count
 
 
+class Unreachable(FrameworkError):
+    """The storage gives no answer, or an error."""
+
+
 class Remote:
-    """One run folder. Every method raises FrameworkError where the storage cannot be reached."""
+    """One run folder. Every method raises Unreachable where the storage cannot be reached."""
 
     def __init__(self, url: str, spool: Path):
         self.url, self.spool = url.rstrip("/"), spool
@@ -45,14 +51,17 @@ class Remote:
             there = self._objects()
             newest = max(_attempts(there), default=0)
             if self._sent().get("attempt") != newest:
-                shutil.rmtree(self.spool, ignore_errors=True)
-            for name in _whole(there):
-                place = self.spool / name
-                if not place.exists():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    partial = place.with_name(f".{place.name}.{os.getpid()}")
-                    self._fs.get_file(f"{self._root}/{name}", str(partial))
-                    partial.replace(place)
+                self._clear()
+            for name in _whole(_own(there)):
+                if not (self.spool / name).exists():
+                    self._bring(name)
+
+    def look(self, *, heavy: bool) -> None:
+        """Bring what is newer there than in the spool; without `heavy` neither models nor checkpoints."""
+        with self._reaching():
+            for name in _whole(self._objects()):
+                if (heavy or not _HEAVY.intersection(name.split("/"))) and self._is_newer(name):
+                    self._bring(name)
 
     def take(self) -> int:
         """Become the newest attempt, and say which: 1, 2, ..."""
@@ -81,6 +90,28 @@ class Remote:
                 self._fs.rm_file(f"{self._root}/{name}")
         replace_json(self.spool / _SENT, {"attempt": attempt, "files": now})
 
+    def _bring(self, name: str) -> None:
+        place = self.spool / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f".{place.name}.{os.getpid()}")
+        self._fs.get_file(f"{self._root}/{name}", str(partial))
+        partial.replace(place)
+
+    def _is_newer(self, name: str) -> bool:
+        place, there = self.spool / name, f"{self._root}/{name}"
+        if not place.exists() or place.stat().st_size != self._fs.size(there):
+            return True
+        changed: float = self._fs.modified(there).timestamp()
+        return changed > place.stat().st_mtime
+
+    def _clear(self) -> None:
+        """Empty the spool, except for the logs that this attempt's ranks are writing already, and for runs within."""
+        for entry in self.spool.iterdir() if self.spool.exists() else ():
+            if entry.is_dir() and entry.name != "logs" and not (entry / _SENT).exists():
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink()
+
     def _claim(self, number: int) -> bool:
         try:
             self._fs.pipe_file(self._marker(number), b"", mode="create")
@@ -108,9 +139,14 @@ class Remote:
         return [name[len(self._root) + 1 :] for name in found]
 
     def _files(self) -> list[str]:
-        """Files of the spool that belong to the run: not what is half-written, nor what is ours."""
+        """Files of the spool that belong to the run: not what is half-written, nor what is ours, nor a stage's own."""
         found = [path.relative_to(self.spool) for path in self.spool.rglob("*") if path.is_file()]
-        return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+        inner = {path.parent for path in found if path.name == _SENT} - {Path(".")}
+        return [
+            path.as_posix()
+            for path in found
+            if not any(part.startswith(".") for part in path.parts) and not inner.intersection(path.parents)
+        ]
 
     def _sent(self) -> dict[str, Any]:
         try:
@@ -127,7 +163,14 @@ class Remote:
             raise
         except Exception as error:  # every storage's library has its own
             what = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise FrameworkError(f"{self.url} cannot be reached: {what}") from error
+            raise Unreachable(f"{self.url} cannot be reached: {what}") from error
+
+
+def brought(folder: str) -> Path:
+    """A model's or tokenizer's folder; from object storage it is fetched first."""
+    if is_url(folder):
+        Remote(folder, local(folder)).look(heavy=True)
+    return local(folder)
 
 
 def _attempts(names: list[str]) -> list[int]:
@@ -136,13 +179,19 @@ def _attempts(names: list[str]) -> list[int]:
 
 def _whole(names: list[str]) -> list[str]:
     """Names less markers, and less checkpoints that have no manifest (yet, or any more)."""
-    manifests = {name for name in names if name.endswith("/manifest.json")}
+    known = set(names)
+    files = [name for name in names if not name.rpartition("/")[2].startswith(_MARKER)]
     return [
         name
-        for name in names
-        if not name.startswith((_MARKER, "checkpoints/"))
-        or (name.startswith("checkpoints/") and "/".join([*name.split("/")[:2], "manifest.json"]) in manifests)
+        for name in files
+        if not name.startswith("checkpoints/") or "/".join([*name.split("/")[:2], "manifest.json"]) in known
     ]
+
+
+def _own(names: list[str]) -> list[str]:
+    """Names less those of runs within: the stages of a pipeline, which have attempts of their own."""
+    inner = {folder for folder, _, file in (name.rpartition("/") for name in names) if file.startswith(_MARKER)} - {""}
+    return [name for name in names if not any(name.startswith(f"{folder}/") for folder in inner)]
 
 
 def _order(name: str) -> tuple[bool, str]:

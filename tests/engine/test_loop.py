@@ -61,6 +61,10 @@ class Journal:
     def advance(self, step: int, total: int) -> None:
         assert 0 < step <= total
 
+    def flush(self) -> None:
+
+        pass
+
     def cut_back(self, step: int) -> None:
         kept = [line for line in self.lines if line["step"] <= step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))

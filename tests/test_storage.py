@@ -1,0 +1,111 @@
+"""Runs on object storage, by real commands against a real S3-compatible server: killed here, continued elsewhere."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.storage import storage
+from tests.tiny import WORDS, command, environment
+
+STEPS = 8
+URL = "s3://bucket/runs/pretrain"
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty bucket; every command that is started finds its way there."""
+    with storage() as words:
+        for name, value in words.items():
+            monkeypatch.setenv(name, value)
+        filesystem = fsspec.filesystem("s3", use_listings_cache=False)
+        filesystem.mkdir("bucket")
+        yield filesystem
+
+
+def words(whole: Path, *more: str) -> list[str]:
+    """The tiny pipeline's pretraining, by itself, on the storage."""
+    own = [word.removeprefix("pretrain.") for word in WORDS if word.startswith("pretrain.")]
+    shared = [word for word in WORDS if word.startswith(("device", "threads", "tracking"))]
+    places = [f"run.dir={URL}", f"tokenizer={whole / 'tokenizer/model'}", f"data.cache={whole / 'prepared'}"]
+    return ["pretrain", "experiment=quickstart/pretrain", *shared, *own, *places, *more]
+
+
+def machine(folder: Path) -> dict[str, str]:
+    """The environment of a machine with a disk of its own."""
+    return environment() | {"FRAMEWORK_SPOOL": str(folder / "spool")}
+
+
+def finish(folder: Path, *line: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        command(*line), cwd=folder, env=machine(folder), capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def begin(folder: Path, *line: str) -> "subprocess.Popen[str]":
+    folder.mkdir()
+    return subprocess.Popen(command(*line), cwd=folder, env=machine(folder), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(filesystem: fsspec.AbstractFileSystem, name: str, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 200
+    while not filesystem.exists(f"bucket/runs/pretrain/{name}"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {name}"
+        time.sleep(0.05)
+
+
+def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_bits(
+    aws: fsspec.AbstractFileSystem, whole: Path, tmp_path: Path
+) -> None:
+    first = begin(tmp_path / "one", *words(whole))
+    wait_for(aws, "checkpoints/step_00000002/manifest.json", first)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    done = finish(tmp_path / "two", *words(whole))
+    assert done.returncode == 0, done.stderr
+    reference = (whole / "pretrain/model/model.safetensors").read_bytes()
+    assert aws.cat("bucket/runs/pretrain/model/model.safetensors") == reference
+    assert b'"state": "finished"' in aws.cat("bucket/runs/pretrain/status.json")
+
+    told = finish(tmp_path / "three", "status", URL)
+    assert "finished, step 8 of 8 (100%), attempt 2" in told.stdout
+    assert not list((tmp_path / "three").rglob("*.safetensors"))
+    again = finish(tmp_path / "four", *words(whole))
+    assert again.returncode == 0, again.stderr
+    raw = finish(tmp_path / "five", "generate", f"{URL}/model", "春風", "--raw", "--max-tokens", "4")
+    assert raw.stdout.startswith("春風"), raw.stderr
+
+
+def test_a_process_left_over_on_another_machine_must_end(
+    aws: fsspec.AbstractFileSystem, whole: Path, tmp_path: Path
+) -> None:
+    first = begin(tmp_path / "one", *words(whole))
+    wait_for(aws, "checkpoints/step_00000002/manifest.json", first)
+    os.kill(first.pid, signal.SIGSTOP)
+    done = finish(tmp_path / "two", *words(whole))
+    assert done.returncode == 0, done.stderr
+    before = {name: aws.cat(name) for name in aws.find("bucket/runs")}
+    os.kill(first.pid, signal.SIGCONT)
+    _, told = first.communicate(timeout=200)
+    assert first.returncode == 1
+    assert "a newer one has taken the run; this process must end" in told
+    assert "Traceback" not in told
+    after = {name: aws.cat(name) for name in aws.find("bucket/runs")}
+    assert after.keys() == before.keys()
+    assert sum(after[name] != before[name] for name in after) <= 1, "at most the one upload that was under way"
+
+
+def test_a_storage_that_is_not_there_is_one_line(aws: fsspec.AbstractFileSystem, whole: Path, tmp_path: Path) -> None:
+    done = finish(tmp_path / "one", *words(whole), "run.dir=s3://no-such-bucket/a")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("framework pretrain: s3://no-such-bucket/a cannot be reached")
+    )
+    assert "Traceback" not in done.stderr
