@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from framework.core.config import flatten, recipes_folder
+from framework.core.config import recipes_folder
 from framework.core.errors import FrameworkError, Interrupted, LeftAtOnce, UsageError, nearest
 from framework.core.signals import stop_request
 from framework.stages.config import STAGES, PipelineRun, RunConfig
 from framework.stages.peers import ours_for
+from framework.stages.refusal import defaults_of, explain_refusal, groups, groups_of, unknown_key
 
 if TYPE_CHECKING:
     from framework.stages.job import Run
@@ -54,9 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left: `framework status RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written, a file where a folder should be
+        print(f"framework {words[0]}: {_place_and_reason(error)}", file=sys.stderr)
+        return FrameworkError.exit_code
     except KeyboardInterrupt as error:
         print(f"framework {words[0]}: {str(error) or 'interrupted'}", file=sys.stderr)
         return error.exit_code if isinstance(error, LeftAtOnce) else 130
+
+
+def _place_and_reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def entry() -> NoReturn:
@@ -110,7 +118,7 @@ def _compose_one(stage: str, overrides: Sequence[str]) -> RunConfig:
         with initialize_config_dir(str(recipes_folder()), version_base="1.3"):
             return _typed(hydra_compose(stage, overrides=words))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain_refusal(stage, error)) from None
+        raise UsageError(explain_refusal(stage, error)) from None
 
 
 def _typed(composed: Any) -> RunConfig:
@@ -146,106 +154,25 @@ def _thaw(node: Any) -> None:
 def _as_list(stage: str, word: str) -> str:
     """`data.train=a.jsonl` means `data.train=[a.jsonl]` where the key holds a list."""
     key, _, value = word.partition("=")
-    if value and not value.startswith(("[", "$")) and isinstance(_defaults(stage).get(key), list):
+    if value and not value.startswith(("[", "$")) and isinstance(defaults_of(stage).get(key), list):
         return f"{key}=[{value}]"
     return word
 
 
-def _defaults(stage: str) -> dict[str, Any]:
-    """Every key of a stage with its default, dotted."""
-
-    def tree(schema: Any) -> dict[str, Any]:
-        found = {}
-        for field in dataclasses.fields(schema):
-            factory = field.default_factory
-            value = field.default if factory is dataclasses.MISSING else factory()
-            found[field.name] = tree(value) if dataclasses.is_dataclass(value) else value
-        return found
-
-    return flatten(tree(STAGES[stage]))
-
-
-def _explain_refusal(stage: str, error: Exception) -> str:
-    """Hydra's and OmegaConf's many-line errors as one line that names the key, the value and what would work."""
-    from hydra.errors import MissingConfigException
-
-    if isinstance(error, MissingConfigException):
-        return _unknown_choice(str(error))
-    text = str(error.__cause__ or error)
-    full = re.search(r"full_key: (\S+)", text)
-    key = full.group(1) if full else ""
-    missing = re.search(r"Key '([^']+)' (?:is )?not in", text)
-    if missing:
-        return _unknown_key(stage, key or missing.group(1))
-    choice = re.search(r"Invalid value '([^']*)', expected one of \[([^\]]*)\]", text)
-    if choice:
-        return f"{key}={choice.group(1)}: {nearest(choice.group(1).lower(), choice.group(2).lower().split(', '))}"
-    kind = re.search(r"Value '([^']*)' .*could not be converted to (\w+)", text)
-    if kind:
-        return f"{key}={kind.group(1)} is not {_KINDS.get(kind.group(2), kind.group(2))}"
-    if key and "is not a ListConfig" in text:
-        return f"{key} takes a list: {key}=[a,b]"
-    malformed = re.search(r"Error parsing override '([^']*)'", str(error))
-    if malformed:
-        return f"'{malformed.group(1)}' is not of the form key=value"
-    first = text.splitlines()[0] if key else " ".join(str(error).split("\nSee https")[0].split())
-    return f"{key}: {first}" if key else first
-
-
-_KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
-
-
-def _unknown_key(stage: str, key: str) -> str:
-    known = _defaults(stage)
-    if ours := ours_for(key, {*known, *_groups()}):
-        return f"unknown key '{key}': it is set by {ours} here. `framework {stage} --help` lists the keys"
-    sections = {name.partition(".")[0] for name in known}
-    hint = nearest(key, sections if "." not in key else known).split(" Choose")[0]
-    return f"unknown key '{key}': {hint} `framework {stage} --help` lists them"
-
-
 def _refuse_strangers(stage: str, words: Sequence[str]) -> None:
-    """What Hydra would take, or refuse without naming ours: `+key=value` (every key is there already, so an addition is
-    a misspelling), and other frameworks' words, `--learning_rate` among them."""
-    known = {*_defaults(stage), *_groups()}
+    """Words that are none of ours, before Hydra sees them: it would take `+key=value`, and refuse the others without
+    naming ours, a sweep's only after it has written its folder. `--learning_rate` is among them."""
+    known = {*defaults_of(stage), *groups()}
     for word in words:
         key = re.split(r"[@=]", word.lstrip("+~-"))[0]
-        if key not in known and (word.startswith("+") or ours_for(key, known)):
-            raise UsageError(_unknown_key(stage, key))
-
-
-def _unknown_choice(text: str) -> str:
-    asked = re.search(r"Could not find '([^']+)'", text)
-    if asked is None:
-        return text.splitlines()[0]
-    group, _, choice = asked.group(1).rpartition("/")
-    if group in _PLUGINS:
-        return f"unknown choice {group}={choice}: {_PLUGINS[group]}"
-    group, _, choice = asked.group(1).partition("/")
-    folder = recipes_folder() / group
-    if not folder.is_dir():
-        return f"unknown group '{group}': {nearest(group, _groups())}"
-    choices = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
-    return f"unknown choice {group}={choice}: {nearest(choice, choices)}"
-
-
-# group of Hydra's own -> which package brings its choices
-_PLUGINS = {
-    "hydra/sweeper": 'basic is there; optuna comes with pip install "framework[sweep]"',
-    "hydra/launcher": 'basic is there; submitit_local and submitit_slurm come with pip install "framework[submitit]"',
-}
-
-
-def _groups_of(stage: str) -> set[str]:
-    """The groups that a stage's recipe chooses from."""
-    import yaml
-
-    recipe = yaml.safe_load((recipes_folder() / f"{stage}.yaml").read_text(encoding="utf-8"))
-    return {name for entry in recipe["defaults"] if isinstance(entry, dict) for name in entry}
-
-
-def _groups() -> list[str]:
-    return [path.name for path in recipes_folder().iterdir() if path.is_dir() and path.name not in ("corpora", "sweep")]
+        if key == "stage":
+            raise UsageError(f"'{word}': the command names the stage: framework {word.rpartition('=')[2]} ...")
+        is_section = any(name.startswith(f"{key}.") for name in known)
+        is_strange = not (key in known or is_section or key.startswith("hydra"))
+        if (not key or word.startswith("-") or (word[0] != "~" and "=" not in word)) and not ours_for(key, known):
+            raise UsageError(f"'{word}' is not of the form key=value")
+        if is_strange:
+            raise UsageError(unknown_key(stage, key))
 
 
 def _sweep(stage: str, words: list[str]) -> int:
@@ -255,6 +182,7 @@ def _sweep(stage: str, words: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    words = [word for word in words if word not in _SWEEP_WORDS]
     if stage == "pipeline":
         raise UsageError("-m sweeps one stage; a pipeline is no stage: sweep sft, ppo, ...")
 
@@ -277,12 +205,12 @@ def _sweep(stage: str, words: list[str]) -> int:
     quiet = ["hydra.output_subdir=null", "hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     if not any(word.startswith("hydra.sweep.dir=") for word in words):
         quiet.append("hydra.sweep.dir=runs/sweep")
-    sys.argv = ["framework", *(_as_list(stage, word) for word in words), *quiet]
+    sys.argv = ["framework", "-m", *(_as_list(stage, word) for word in words), *quiet]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed
     try:
         hydra.main(version_base="1.3", config_path=str(recipes_folder()), config_name=stage)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain_refusal(stage, error)) from None
+        raise UsageError(explain_refusal(stage, error)) from None
     return 0
 
 
@@ -304,7 +232,8 @@ def _split_pipeline_words(overrides: Sequence[str]) -> tuple[list[str], list[str
 def _compose_member(pipeline: PipelineRun, member: str, forwarded: list[str]) -> RunConfig:
     stage = member.rpartition("/")[2]
     if stage not in STAGES or stage == "pipeline":
-        raise UsageError(f"stages: '{member}' does not end in a stage: {nearest(stage, STAGES)}")
+        known = [name for name in STAGES if name != "pipeline"]
+        raise UsageError(f"stages: '{member}' does not end in a stage: {nearest(stage, known)}")
     fields = {field.name for field in dataclasses.fields(STAGES[stage])}
     members = {entry.rpartition("/")[2] for entry in pipeline.stages}
     words = [f"experiment={member}", f"run.root={pipeline.run.dir}"]
@@ -314,10 +243,10 @@ def _compose_member(pipeline: PipelineRun, member: str, forwarded: list[str]) ->
         if dot and head in members and "=" not in head:
             words += [rest] if head == stage else []
         elif key in fields and key != "run":
-            is_choice = key in _groups() and not word.startswith(f"{key}.")
-            words += [word] if not is_choice or key in _groups_of(stage) else []
+            is_choice = key in groups() and not word.startswith(f"{key}.")
+            words += [word] if not is_choice or key in groups_of(stage) else []
         elif not any(key in {f.name for f in dataclasses.fields(STAGES[m])} for m in members):
-            keys = {name for member in members for name in _defaults(member)}
+            keys = {name for member in members for name in defaults_of(member)}
             ours = ours_for(key, keys)
             hint = f"it is set by {ours} here" if ours else nearest(key, members | fields)
             raise UsageError(f"unknown key '{key}': {hint}")
@@ -378,9 +307,9 @@ def _help() -> str:
 
 
 def _stage_help(stage: str) -> str:
-    keys = "\n".join(f"  {key}={_shown(value)}" for key, value in sorted(_defaults(stage).items()) if key != "stage")
-    groups = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in sorted(_groups_of(stage) & set(_groups())))
-    return f"framework {stage}: {STAGES[stage].__doc__}\n\ngroups\n{groups}\n\nkeys and defaults\n{keys}"
+    keys = "\n".join(f"  {key}={_shown(value)}" for key, value in sorted(defaults_of(stage).items()) if key != "stage")
+    choices = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in groups_of(stage))
+    return f"framework {stage}: {STAGES[stage].__doc__}\n\ngroups\n{choices}\n\nkeys and defaults\n{keys}"
 
 
 def _choices(group: str) -> list[str]:

@@ -1,9 +1,9 @@
-"""Wrong data, wrong folders, broken checkpoints, NaN, a full disk, a dying worker: one clear line, right exit code."""
+"""Broken checkpoints, NaN, a full disk, a dying worker: one clear line, right exit code. Wrong words, data and folders
+stand in `test_wrong_uses`."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -13,9 +13,6 @@ import pytest
 
 from tests.tiny import WORDS, command, environment, framework
 
-GOOD = {"instruction": "花落家童未掃，用花字。", "output": "鳥啼山客猶眠。"}
-TINY = ["device=cpu", "threads=1", "tracking.progress=false", "batch.size=2", "train.steps=4", "data.max_tokens=64"]
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,63 +20,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     framework("pipeline", *WORDS, f"run.dir={folder / 'run'}", cwd=folder)
     return folder / "run"
-
-
-def lines(*records: object) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-BAD_DATA = [
-    ("no_such.jsonl", None, "data.train: no_such.jsonl: no such file or folder"),
-    ("a.jsonl", lines(GOOD, GOOD) + '{"instruction": "x", \n', "a.jsonl:3"),
-    ("a.jsonl", lines(GOOD, {"instruction": "x"}), "a.jsonl:2"),
-    ("a.jsonl", lines({"question": "x"}), "no known format has the fields question"),
-    ("a.jsonl", lines(GOOD, {"instruction": "x", "output": 7}), "a.jsonl:2"),
-    ("a.jsonl", "", "the file holds no record"),
-    ("a.json", '[{"instruction": "x", "output": "y"}', "a.json"),
-    ("a.jsonl", lines({"instruction": "x", "output": " "}), "nothing"),
-    ("a.jsonl", lines({"instruction": "長" * 200, "output": "短"}), "max_tokens"),
-    ("a.jsonl", lines(GOOD), "batch.size"),
-    ("a.csv", "x,y\n", "a.csv"),
-    ("a.txt", "plain text\n", "conversations"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "line"), BAD_DATA, ids=[f"{n}: {x}" for n, _, x in BAD_DATA])
-def test_bad_data_is_named_by_file_and_line(
-    tmp_path: Path, trained: Path, name: str, content: str | None, line: str, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    from framework.main import main
-
-    monkeypatch.chdir(tmp_path)
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    assert main(["sft", *TINY, f"init_from={trained / 'pretrain/model'}", f"data.train=[{name}]"]) == 2
-    error = capsys.readouterr().err
-    assert line in error
-    assert len(error.strip().splitlines()) == 1, error
-    assert not (tmp_path / "runs/sft/model").exists()
-
-
-def test_a_missing_model_folder(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(lines(GOOD))
-    done = framework("sft", *TINY, "init_from=nowhere", "data.train=a.jsonl", cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "framework sft: no such folder: nowhere"
-
-
-def test_a_tokenizer_that_does_not_match_the_model(tmp_path: Path, trained: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(trained / "pretrain/model", model)
-    framework("tokenizer", "data.train=corpora/tang/train.txt", "tokenizer.vocab_size=4000", cwd=tmp_path)
-    for path in (tmp_path / "runs/tokenizer/model").iterdir():
-        shutil.copy(path, model)
-    (tmp_path / "a.jsonl").write_text(lines(GOOD, GOOD))
-    done = framework("sft", *TINY, f"init_from={model}", "data.train=a.jsonl", cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert "take the tokenizer that belongs to the model" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def pretrain(folder: Path, trained: Path, *words: str) -> list[str]:

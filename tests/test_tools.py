@@ -45,21 +45,3 @@ def test_doctor_names_what_is_there_and_what_is_missing(root: Path) -> None:
     told = framework("doctor", cwd=root).stdout
     for word in ("torch", "device", "gloo", "rms_norm: reference"):
         assert word in told
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["generate", "nowhere", "x"], "nowhere holds no model"),
-        (["chat"], "the following arguments are required: model"),
-        (["generate", "x", "--temprature", "1"], "unrecognized arguments"),
-        (["status"], "status takes a run folder"),
-        (["status", "nowhere"], "nowhere is not a run folder"),
-        (["report", "nowhere"], "nowhere is not a run folder"),
-    ],
-)
-def test_wrong_words_get_one_line_and_exit_2(tmp_path: Path, words: list[str], line: str) -> None:
-    done = framework(*words, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert line in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1

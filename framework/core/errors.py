@@ -3,8 +3,11 @@
 A `FrameworkError` is printed as one line without a traceback. Anything else is our own fault and keeps its traceback.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class FrameworkError(Exception):
@@ -60,6 +63,24 @@ class WorkerError(FrameworkError):
 
 class DeadlineError(WorkerError):
     """A remote call or collective did not answer within its deadline."""
+
+
+@contextlib.contextmanager
+def foreign(what: str, kind: type[FrameworkError] = FrameworkError) -> Iterator[None]:
+    """Code from outside the project runs in here: what it raises becomes a `kind` that names `what` and the line."""
+    try:
+        yield
+    except FrameworkError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise kind(f"{what}: {blamed(error)}") from error
+
+
+def blamed(error: BaseException) -> str:
+    """Where and what: "my_ppo.py:3: KeyError: 'answer'"."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    return f"{Path(frame.filename).name}:{frame.lineno}: {type(error).__name__}: {said}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """What to read and how to cut it into rows."""
 
+import math
 from dataclasses import dataclass, field
 
 from framework.core.config import require
@@ -35,7 +36,9 @@ class DataConfig:
             not self.weights or len(self.weights) == len(self.train),
             f"data.weights has {len(self.weights)} entries and data.train {len(self.train)}; give one a file or folder",
         )
-        require(all(w > 0 for w in self.weights), f"data.weights={self.weights} must all be positive")
+        require(
+            all(0 < w < math.inf for w in self.weights), f"data.weights={self.weights} must all be positive and finite"
+        )
         require(
             self.temperature == 0 or (self.temperature > 0 and not self.weights),
             f"data.temperature={self.temperature} must be positive, and is instead of data.weights",

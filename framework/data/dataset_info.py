@@ -18,6 +18,10 @@ from framework.data.files import Record
 
 FILE = "dataset_info.json"
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("file_name", "hf_hub_url", "subset", "split", "folder", "formatting"), str),
+    **{"columns": dict, "tags": dict, "num_samples": int},
+}
 _TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -74,6 +78,8 @@ class Entry:
         columns = self.words.get("columns") or _COLUMNS
         tags = {**(_OPENAI_TAGS if style == "openai" else _TAGS), **self.words.get("tags", {})}
         ranking = bool(self.words.get("ranking", False))
+        if style == "alpaca" and "prompt" not in columns:
+            raise DataError(f"columns must name the prompt's; they name {listing(dict(columns))}", self.place)
         if style == "alpaca":
             return lambda record: _alpaca(present(record), columns, ranking)
         return lambda record: _conversation(present(record), {"messages": "conversations", **columns}, tags, ranking)
@@ -92,6 +98,10 @@ def find(path: str) -> Entry | None:
     if place.name not in known:
         raise DataError(f"has no dataset '{place.name}': {nearest(place.name, known)}", str(file))
     words = known[place.name]
+    for key, kind in _KINDS.items():
+        if not isinstance(words.get(key), kind | None):
+            wanted = {str: "a string", dict: "an object", int: "a whole number"}[kind]
+            raise DataError(f"{key} must be {wanted}, got {words[key]!r}", f"{file}: {place.name}")
     for key in _NOT_READ:
         if key in words and not any(hub in words for hub in ("file_name", *_HUBS)):
             raise DataError(f"{key} is not read; give the data as file_name or hf_hub_url", f"{file}: {place.name}")

@@ -124,15 +124,20 @@ def _sha256(file: str) -> str:
 
 @contextlib.contextmanager
 def _locked(cache: Path, name: str, progress: Progress | None) -> Iterator[None]:
-    """One process at a time. The kernel releases the lock with its holder, however that one ends."""
+    """One process at a time. The kernel releases the lock with its holder, however that one ends; who ends well takes
+    the file away, and whoever waited on it begins again with a new one."""
     cache.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(cache / f".{name}.lock")
+    path = cache / f".{name}.lock"
+    lock = filelock.FileLock(path)
     while not _taken(lock):
         if progress is not None:
             progress(0, 0)
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # another one waits on a new file already; the folder is not empty
+            path.unlink()
+            cache.rmdir()
         lock.release()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from framework.core.errors import DataError
+from framework.core.errors import DataError, blamed
 from framework.core.records import Sample
 from framework.core.registry import lookup
 from framework.data import dataset_info, files, formats, hub
@@ -76,6 +76,8 @@ def recognise(path: str) -> str:
     first = next(files.records(path), None)
     if first is None:
         raise DataError("the file holds no record", path)
+    if first.error is not None:
+        raise first.error
     try:
         return formats.format_of(_record(first))
     except DataError as error:
@@ -114,8 +116,9 @@ def _read_source(number: int, source: Source, report: Report | None) -> Iterator
     for raw in files.records(source.path, paragraphs=source.format != "lines"):
         try:
             sample = parse(_record(raw))
-        except DataError as error:
-            placed = error if raw.error else DataError(str(error), source.path, raw.line)
+        except Exception as error:  # an extension's format raises what it likes
+            said = str(error) if isinstance(error, DataError) else f"format {source.format}: {blamed(error)}"
+            placed = raw.error or DataError(said, source.path, raw.line)
             if report is None:
                 raise placed from None
             report(placed)

@@ -47,7 +47,9 @@ class TrainConfig:
     profile: bool = False  # a torch.profiler trace of steps 3 to 5 in the run folder
 
     def __post_init__(self) -> None:
-        require(self.steps >= 0 and self.epochs > 0, f"train.steps={self.steps}, train.epochs={self.epochs}: positive")
+        require(self.steps >= 0, f"train.steps={self.steps} must not be negative; 0 = as train.epochs says")
+        require(self.epochs > 0, f"train.epochs={self.epochs} must be positive")
+        require(self.validate_every >= 0, f"train.validate_every={self.validate_every} must not be negative")
 
     def total_steps(self, rows: int, batch_size: int) -> int:
         """Optimizer steps for `rows` rows: `steps` where given, else epochs, the last partial batch left out."""

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from framework.core.config import require
+
+_PARTS = ("train", "valid", "test")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -12,3 +16,8 @@ class EvaluationConfig:
     part: str = "test"  # of a task's examples: train, valid or test
     samples: int = 1  # answers to a held-out prompt, ppo only
     baselines: bool = False  # also measure what bigrams (and lengths) alone achieve; for small data, in plain Python
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 0, f"evaluation.limit={self.limit} must not be negative; 0 = all examples")
+        require(self.part in _PARTS, f"evaluation.part={self.part}: choose {', '.join(_PARTS)}")
+        require(self.samples >= 1, f"evaluation.samples={self.samples} must be at least 1")

@@ -50,7 +50,10 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     path = locate(folder)
     theirs = _read_config(path)
     family = _family(theirs, path)
-    config: ModelConfig = family.config_from(theirs)
+    try:
+        config: ModelConfig = family.config_from(theirs)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path / 'config.json'} does not describe a {family.model_type} model: {error}") from None
     files = _open_files(path)
     found: dict[str, tuple[Any, str]] = {}
     unknown = []
@@ -120,10 +123,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UsageError(f"{path} is no model folder: it has no config.json")
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} must hold an object, got {str(content)[:40]}")
+    return content
 
 
 def _family(theirs: dict[str, Any], path: Path) -> Any:
@@ -139,7 +149,7 @@ def _open_files(path: Path) -> dict[str, Any]:
     if (path / _FILE).is_file():
         files = {path / _FILE}
     elif index.is_file():
-        files = {path / name for name in json.loads(index.read_text())["weight_map"].values()}
+        files = {path / name for name in _parts(index)}
     else:
         pickles = sorted(file.name for file in path.glob("*.bin"))
         why = (
@@ -154,6 +164,17 @@ def _open_files(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
         opened |= dict.fromkeys(handle.keys(), handle)
     return opened
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index names: of its own folder, nowhere else."""
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index} names no file: it has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UsageError(f"{index} names {name!r}, which is no file of its folder")
+    return list(weight_map.values())
 
 
 def _check(path: Path, config: ModelConfig, shapes: Shapes, unknown: list[str], family: Any) -> None:

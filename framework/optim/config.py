@@ -1,5 +1,6 @@
 """The optimizer and its learning-rate schedule."""
 
+import math
 from dataclasses import dataclass
 
 from framework.core.config import Choice, require
@@ -31,9 +32,11 @@ class OptimConfig:
     final_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, f"optim.lr={self.lr} must not be negative")
+        require(0 <= self.lr < math.inf, f"optim.lr={self.lr} must be finite and not negative")
+        require(self.clip >= 0, f"optim.clip={self.clip} must not be negative; 0 = do not clip")
         require(
             0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"optim betas {self.beta1}, {self.beta2} must be in [0, 1)"
         )
         require(self.eps > 0, f"optim.eps={self.eps} must be positive")
-        require(self.warmup >= 0 and self.decay >= 0, "optim.warmup and optim.decay must not be negative")
+        for name in ("warmup", "decay"):
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")

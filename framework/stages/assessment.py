@@ -66,7 +66,7 @@ class Assessor:
         return _named(
             {
                 "score": float(scores.mean()),
-                "score_std": float(scores.std()),
+                "score_std": float(scores.std()) if len(scores) > 1 else 0.0,
                 "kl": self._kl(rollout),
                 "finished": float(rollout.finished.float().mean()),
                 "distinct_2": distinct_n(texts, 2),

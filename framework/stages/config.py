@@ -64,7 +64,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), f"device={self.device}: choose auto, cpu or cuda")
-        require(self.threads is None or self.threads >= 1, f"threads={self.threads} must be at least 1")
+        require(self.threads is None or 1 <= self.threads <= 1024, f"threads={self.threads} must be from 1 to 1024")
+        require(self.name not in ("", ".", ".."), f"name={self.name!r} names no folder; choose a word")
+        require(bool(self.run.dir), "run.dir is empty; name a folder, or leave it out")
 
     @property
     def folder(self) -> Path:

@@ -122,7 +122,7 @@ def _reported(module: str, path: Path | None) -> Iterator[None]:
     except FrameworkError:
         _drop(module)
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _drop(module)
         place = _place(error, path) if path else ""
         name = module.removeprefix(_FILE)
@@ -130,7 +130,7 @@ def _reported(module: str, path: Path | None) -> Iterator[None]:
         raise UsageError(f"extensions: cannot import {name}: {place}{type(error).__name__}: {said}") from None
 
 
-def _place(error: Exception, path: Path) -> str:
+def _place(error: BaseException, path: Path) -> str:
     """ "my_ppo.py:3: ", the last line of the user's code that the error passed; a syntax error says it itself."""
     if isinstance(error, SyntaxError):
         return ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from framework.core.config import find_file
-from framework.core.errors import DataError, Interrupted, UsageError
+from framework.core.errors import DataError, Interrupted, UsageError, foreign
 from framework.core.places import is_url
 from framework.core.registry import lookup
 from framework.core.runtime import Runtime, agreed, apart, heed, start
@@ -111,10 +111,10 @@ def open_job(
     """
     extensions = load_extensions(config.extensions)
     _find_names(config)
+    digests = {role: folder_digest(str(brought(path))) for role, path in (parents or {}).items() if path}
     place = start(config.device, config.threads, config.deterministic)
     if isinstance(config, TrainingRun):
         config.parallel.check_world(place.world_size)
-    digests = {role: folder_digest(str(brought(path))) for role, path in (parents or {}).items() if path}
     whole = plain(config) | dict(recipe or {}) | _named_code(config, extensions)
     members = whole.get("members", {})
     inner = [key for key in NOT_IN_HASH if key not in LENGTHS]  # a longer member makes another pipeline
@@ -127,7 +127,8 @@ def open_job(
             yield Job(config, folder, place, stop, {"extensions": extensions})
     except BaseException as error:
         state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        folder.fail(error, state=state)
+        if not (isinstance(error, UsageError) and folder.withdraw()):
+            folder.fail(error, state=state)
         raise
     finally:
         folder.close()
@@ -184,6 +185,7 @@ def _find_names(config: RunConfig) -> None:
     search = {"task": get_task, "reward": find_reward}
     for key, kind, name in config.names:
         try:
-            search.get(kind, partial(lookup, kind))(name)
+            with foreign(f"{kind} '{name}' cannot be made", UsageError):
+                search.get(kind, partial(lookup, kind))(name)
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from None

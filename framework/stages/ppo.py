@@ -14,7 +14,7 @@ from torch import Tensor
 
 from framework.checkpoint.manager import CheckpointManager
 from framework.core import random
-from framework.core.errors import Interrupted, UsageError
+from framework.core.errors import Interrupted, UsageError, foreign
 from framework.core.masked import masked_mean, masked_sum
 from framework.core.records import Experience, Rollout
 from framework.core.registry import lookup
@@ -154,9 +154,10 @@ def make_experience(rollout: Rollout, judged: Judged, coefficient: float, ppo: P
     scores = shaped_scores(judged.scores, rollout.finished, ppo)
     kl = estimate_kl(judged.old_log_probs, judged.reference_log_probs, ppo.kl_kind.value)
     rewards = token_rewards(scores, kl, mask, coefficient)
-    advantages, returns = lookup("advantage", ppo.advantage)(
-        rewards, judged.values, mask, gamma=ppo.gamma, lam=ppo.lam, group_ids=rollout.row
-    )
+    with foreign(f"ppo.advantage={ppo.advantage} failed"):
+        advantages, returns = lookup("advantage", ppo.advantage)(
+            rewards, judged.values, mask, gamma=ppo.gamma, lam=ppo.lam, group_ids=rollout.row
+        )
     experience = Experience(
         rollout=rollout,
         old_log_probs=judged.old_log_probs,

@@ -18,10 +18,11 @@ def generate(words: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     chosen = parser.parse_args(words)
+    model, sampling = _model(chosen.model), _sampling(chosen)
     prompts = chosen.prompt or [line.rstrip("\n") for line in sys.stdin]
-    generator, tokenizer = load_generator(_model(chosen.model), GenerationConfig(), chosen.device)
+    generator, tokenizer = load_generator(model, GenerationConfig(), chosen.device)
     texts = prompts if chosen.raw else [tokenizer.render([Message("user", p)], True) for p in prompts]
-    answers = generate_text(generator, tokenizer, texts, _sampling(chosen), chosen.samples, chosen.seed)
+    answers = generate_text(generator, tokenizer, texts, sampling, chosen.samples, chosen.seed)
     for prompt, group in zip(prompts, answers, strict=True):
         for answer in group:
             print(f"{prompt}{answer}" if chosen.raw else f"{prompt}\t{answer}")
@@ -31,7 +32,8 @@ def generate(words: list[str]) -> int:
 def chat(words: list[str]) -> int:
     """Talk to a model; the conversation is kept until end of input or an empty line starts a new one."""
     chosen = _parser("chat", "talk to a finished model; an empty line starts over, Ctrl-D ends").parse_args(words)
-    generator, tokenizer = load_generator(_model(chosen.model), GenerationConfig(slots=1), chosen.device)
+    model, sampling = _model(chosen.model), _sampling(chosen)
+    generator, tokenizer = load_generator(model, GenerationConfig(slots=1), chosen.device)
     said: list[Message] = []
     while (line := _ask()) is not None:
         if not line:
@@ -40,7 +42,7 @@ def chat(words: list[str]) -> int:
         said.append(Message("user", line))
         pieces = []
         prompt = tokenizer.render(said, True)
-        for piece in stream_text(generator, tokenizer, prompt, _sampling(chosen), chosen.seed + len(said)):
+        for piece in stream_text(generator, tokenizer, prompt, sampling, chosen.seed + len(said)):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
@@ -77,5 +79,5 @@ def _parser(name: str, text: str) -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     return parser

@@ -1,7 +1,7 @@
 """What pretrain, sft and reward_model share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def open_start(config: TrainingRun) -> Start:
         start = Start(model, random_weights(model, config.seed), tokenizer)
     else:
         model, stored, shapes = read_folder(config.init_from)
+        refuse_other(config.model, model, config.init_from)
         start = Start(model, with_fresh_heads(stored, set(shapes), model, config.seed), tokenizer)
     if model.vocab_size < tokenizer.vocab_size:
         raise UsageError(
@@ -62,6 +63,18 @@ def open_start(config: TrainingRun) -> Start:
             f"embedding only {model.vocab_size}; take the tokenizer that belongs to the model"
         )
     return start
+
+
+def refuse_other(given: ModelConfig, there: ModelConfig, folder: str) -> None:
+    """The folder brings the architecture: what the recipe says of it (other than a default) must be the same."""
+    default = ModelConfig()
+    for name in (entry.name for entry in fields(ModelConfig)):
+        asked, has = getattr(given, name), getattr(there, name)
+        if asked not in (getattr(default, name), has):
+            raise UsageError(
+                f"model.{name}={asked}, but the model of init_from={folder} has {has}; leave model out, it is for "
+                "training from nothing"
+            )
 
 
 def with_fresh_heads(stored: ReadBox, names: set[str], model: ModelConfig, seed: int) -> ReadBox:

@@ -131,7 +131,10 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else tokenizer_config.json's: a string, or a list of named ones with a "default"."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8: {error}") from None
     entry = config.get("chat_template")
     if isinstance(entry, list):
         entry = {named["name"]: named["template"] for named in entry}.get("default")
@@ -168,7 +171,7 @@ def _wants_bos(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> bool:
 
 def _content(token: Any) -> str | None:
     """A token is written as a string or as {"content": ...}."""
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_json(path: Path) -> dict[str, Any]:

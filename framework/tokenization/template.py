@@ -60,7 +60,7 @@ def render(
         return _compiled(template).render(words)
     except (_Refused, jinja2.UndefinedError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, and raises what programs raise
         raise UsageError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from None
 
 

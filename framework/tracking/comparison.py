@@ -156,7 +156,8 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 def _origin(summary: Mapping[str, Any]) -> dict[str, Any]:
     facts = {name: summary[name] for name in ("commit", "machine", "seed", "world") if name in summary}
-    return facts | flatten(summary.get("versions", {}), "versions.")
+    versions = summary.get("versions")
+    return facts | (flatten(versions, "versions.") if isinstance(versions, dict) else {})
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
@@ -169,5 +170,6 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
     return curves
 
 
-def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if isinstance(value, int | float)}
+def _numbers(figures: Any) -> dict[str, float]:
+    there = figures if isinstance(figures, dict) else {}
+    return {name: value for name, value in there.items() if isinstance(value, int | float)}

@@ -49,6 +49,8 @@ class RunFolder:
         self._written = 0.0
         self._taken, self._flushed = 0, time.monotonic()  # the attempt's number there, and when it was last sent
         self._opened: Tracker | None = None
+        self._new = False  # whether this attempt made the run
+        self._made: list[Path] = []  # folders that it made, the innermost first
 
     @classmethod
     def open(
@@ -68,10 +70,13 @@ class RunFolder:
         """
         path = Path(path)
         identity = identify(recipe, parents or {}, ignore)
-        _compare(path, identity, ignore)
-        folder = cls(path, recipe, identity, is_main, remote)
-        if is_main and not folder.is_finished:
-            folder._begin()
+        try:
+            _compare(path, identity, ignore)
+            folder = cls(path, recipe, identity, is_main, remote)
+            if is_main and not folder.is_finished:
+                folder._begin()
+        except OSError as error:
+            raise UsageError(f"{path} cannot be a run folder (run.dir): {error.filename}: {error.strerror}") from None
         return folder
 
     @property
@@ -167,6 +172,20 @@ class RunFolder:
             with contextlib.suppress(FrameworkError):  # the error that ends the run is the one to tell
                 self.flush()
 
+    def withdraw(self) -> bool:
+        """Take back what opening wrote, so that a corrected recipe finds no other run here. False, and nothing done,
+        where there was a run before or this one has logged or saved something."""
+        kept = any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "summary.json"))
+        if not self._new or kept:
+            return False
+        self.close()
+        for path in (self.path / "config.yaml", self.path / "status.json", self._marker):
+            path.unlink(missing_ok=True)
+        for path in self._made:
+            with contextlib.suppress(OSError):  # not empty: others have put something there
+                path.rmdir()
+        return True
+
     def log_file(self, role: str, rank: int = 0) -> Path:
         """Where a role's rank logs: logs/ROLE-RANK.log."""
         path = self.path / "logs" / f"{role}-{rank}.log"
@@ -187,10 +206,16 @@ class RunFolder:
 
     def _begin(self) -> None:
         config = TrackingConfig(**self.recipe.get("tracking", {}))
+        self._new = not (self.path / "config.yaml").exists()
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._taken = self._remote.take() if self._remote else 0
         self.attempt = _next_attempt(self.path)
-        self._opened = open_tracker(self.path, config, self.recipe)
+        try:
+            self._opened = open_tracker(self.path, config, self.recipe)
+        except UsageError:
+            self.withdraw()
+            raise
         replace_text(self.path / "config.yaml", yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True))
         self._status = replace(
             self._status,
@@ -246,7 +271,7 @@ def _compare(path: Path, identity: Identity, ignore: Iterable[str]) -> None:
         recipe = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         recipe = None
     if not isinstance(recipe, dict):
         raise UsageError(f"{path / 'config.yaml'} is not a recipe; choose another run.dir, or remove the folder")
@@ -258,7 +283,7 @@ def _compare(path: Path, identity: Identity, ignore: Iterable[str]) -> None:
 
 def _next_attempt(path: Path) -> int:
     """Take the folder: one marker file an attempt, made exclusively, so that of two that start at once one loses."""
-    known = [int(marker.name.rpartition("-")[2]) for marker in path.glob(".attempt-*")]
+    known = [int(marker.name.rpartition("-")[2]) for marker in path.glob(".attempt-[0-9]*[0-9]")]
     number = max(known, default=(read_status(path) or Status()).attempt) + 1
     while True:
         try:
@@ -266,7 +291,7 @@ def _next_attempt(path: Path) -> int:
             break
         except FileExistsError:
             number += 1
-    for marker in path.glob(".attempt-*"):
+    for marker in path.glob(".attempt-[0-9]*[0-9]"):
         if int(marker.name.rpartition("-")[2]) < number:
             marker.unlink(missing_ok=True)
     return number
@@ -288,7 +313,7 @@ def _number(value: Any) -> float | int | None:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _step_of(line: str) -> int:

@@ -7,11 +7,17 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from framework.core.errors import UsageError
 from framework.tracking.atomic import replace_json
 
 STATUS = "status.json"
+# What is no number.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("state", "stage", "host"), str),
+    **{"parents": dict, "last_error": str | None, "eta_seconds": int | float | None},
+}
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,19 @@ def read_status(folder: Path) -> Status | None:
     """The status of a run folder, None where it has none."""
     try:
         content = json.loads((Path(folder) / STATUS).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UsageError(f"{Path(folder) / STATUS} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{Path(folder) / STATUS} is not JSON: {error}") from None
-    known = {entry.name for entry in fields(Status)}
-    return Status(**{name: value for name, value in content.items() if name in known})
+    if not isinstance(content, dict):
+        raise UsageError(f"{Path(folder) / STATUS} is not the status of a run: {str(content)[:40]}")
+    known = {entry.name for entry in fields(Status)} & content.keys()
+    for name in sorted(known):
+        if not isinstance(content[name], _KINDS.get(name, int | float)):
+            raise UsageError(f"{Path(folder) / STATUS} is not the status of a run: {name} is {content[name]!r}")
+    return Status(**{name: content[name] for name in known})
 
 
 def write_status(folder: Path, status: Status) -> None:

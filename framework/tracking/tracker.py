@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from framework.core.errors import UsageError
+from framework.core.errors import UsageError, foreign
 from framework.core.registry import lookup, register
 from framework.tracking.atomic import replace_text
 from framework.tracking.config import TrackingConfig
@@ -35,7 +35,9 @@ class Tracker(Protocol):
 
 def open_tracker(folder: Path, config: TrackingConfig, recipe: Mapping[str, Any]) -> Tracker:
     """The tracker that `tracking.kind` names. UsageError for an unknown one or one whose package is missing."""
-    tracker: Tracker = lookup("tracker", config.kind)(folder, config, recipe)
+    made = lookup("tracker", config.kind)
+    with foreign(f"tracking.kind={config.kind}", UsageError):
+        tracker: Tracker = made(folder, config, recipe)
     return tracker
 
 

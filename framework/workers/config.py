@@ -39,7 +39,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
-        require(min(self.prompts, self.samples, self.max_tokens) >= 1, "rollout sizes must be at least 1")
+        for name in ("prompts", "samples", "max_tokens", "slots"):
+            require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
+        require(self.max_prompt_tokens >= 2, f"rollout.max_prompt_tokens={self.max_prompt_tokens} must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class PpoConfig:
     policy_loss: str = "clip"  # a registered policy_loss
 
     def __post_init__(self) -> None:
-        require(self.iterations >= 1 and self.epochs >= 1, "ppo.iterations and ppo.epochs must be at least 1")
-        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "ppo.gamma and ppo.lam must be in [0, 1]")
+        for name in ("iterations", "epochs"):
+            require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must be in [0, 1]")
 
 
 @dataclass(frozen=True)

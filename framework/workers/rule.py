@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from framework.cluster.marks import split_rows
-from framework.core.errors import DataError, FrameworkError, UsageError, nearest
+from framework.core.errors import DataError, FrameworkError, UsageError, foreign, nearest
 from framework.core.records import Completion, Message, PromptSample, Rollout, Tokenizer
 from framework.core.registry import lookup, names, register
 from framework.core.runtime import Runtime
@@ -59,7 +59,8 @@ class Rule:
         return torch.tensor([self._number(Completion(*row)) for row in rows], dtype=torch.float32)
 
     def _number(self, completion: Completion) -> float:
-        value = self.function(completion)
+        with foreign(f"ppo.reward={self.name} failed for the response {completion.response[:40]!r}"):
+            value = self.function(completion)
         try:
             number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):

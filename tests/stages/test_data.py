@@ -84,32 +84,6 @@ def test_prepare_makes_what_the_stage_finds(folder: Path, capsys: pytest.Capture
     assert made == {path: path.stat().st_mtime_ns for path in Path("runs/prepared").rglob("manifest.json")}
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ([], "framework data: a verb is missing: Choose one of: check, prepare, stats"),
-        (["chek", "a"], "framework data: chek: did you mean 'check'?"),
-        (["check"], "framework data: the following arguments are required: path"),
-        (["check", "nowhere"], "framework data: nowhere: no such file or folder"),
-        (["stats", "a.jsonl", "--format", "alpca"], "unknown data_format 'alpca': did you mean 'alpaca'?"),
-        (["stats", "a.jsonl", "--tokenizer", "nowhere"], "no such tokenizer folder: nowhere"),
-        (["prepare"], "framework data: data prepare takes the words of a stage"),
-        (["prepare", "tokenizer", "data.train=a.jsonl"], "framework data: data prepare tokenizer: "),
-        (["prepare", "sft", "init_from=tokenizer", "data.trian=a"], "did you mean 'data.train'?"),
-        (
-            ["prepare", "sft", "init_from=tokenizer", "data.train=b.jsonl"],
-            "data.train: b.jsonl: no such file or folder",
-        ),
-    ],
-)
-def test_wrong_words_are_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], line: str
-) -> None:
-    write("a.jsonl", PAIR)
-    assert main(["data", *words]) == 2
-    assert line in capsys.readouterr().err
-
-
 SAYS: list[tuple[Sample, str]] = [
     (TextSample("t"), "t"),
     (ConversationSample((Message("user", "q"), Message("assistant", "a"))), "q\na"),

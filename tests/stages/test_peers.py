@@ -3,11 +3,12 @@
 import pytest
 
 from framework.core.errors import UsageError
-from framework.main import _defaults, _groups, compose, main
+from framework.main import compose, main
 from framework.stages.config import STAGES
 from framework.stages.peers import OURS, ours_for
+from framework.stages.refusal import defaults_of, groups
 
-KEYS = {stage: {*_defaults(stage), *_groups()} for stage in STAGES}
+KEYS = {stage: {*defaults_of(stage), *groups()} for stage in STAGES}
 
 
 def test_every_answer_is_a_key_of_some_stage_and_no_word_is_one() -> None:

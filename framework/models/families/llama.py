@@ -73,6 +73,9 @@ class Llama:
         missing = [key for key in _SIZES if key not in theirs]
         if missing:
             raise UsageError(f"config.json does not say {', '.join(missing)}")
+        wrong = [f"{key}={theirs[key]!r}" for key in _SIZES if type(theirs[key]) is not int]
+        if wrong:
+            raise UsageError(f"config.json: {', '.join(wrong)}: sizes are whole numbers")
         _refuse_unsupported(theirs)
         return ModelConfig(
             family="llama",
