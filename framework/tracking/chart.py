@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 340, 176
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 22
+_TELLING = 1e-12
 _MOST_POINTS = 300  # a path longer than the screen is wide shows nothing more
 _NOISY = 40  # from so many points on, a smoothed line is drawn over the raw one
 
@@ -122,8 +123,8 @@ def _mean(values: Sequence[float]) -> float:
 def _span(values: Sequence[float], room: float = 0.0) -> tuple[float, float]:
     """Lowest and highest with some room; never empty."""
     low, high = min(values), max(values)
-    if low == high:
-        half = abs(low) / 2 or 1.0
+    if high - low <= _TELLING * max(abs(low), abs(high), _TELLING):  # nothing that a picture, or a float, could divide
+        half = abs(low) / 2 if abs(low) > _TELLING else 1.0
         return low - half, high + half
     return low - room * (high - low), high + room * (high - low)
 

@@ -1,7 +1,7 @@
 """Chart geometry by hand: ticks, numbers, pixels, gaps, and no crash on flat or single-point series."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from framework.tracking.chart import HEIGHT, WIDTH, draw, number, ticks
@@ -56,6 +56,7 @@ def test_nothing_to_draw_is_none() -> None:
 
 
 @given(st.lists(st.floats(-1e9, 1e9) | st.none(), min_size=1, max_size=700))
+@example([0.0, 5e-324])
 def test_everything_stays_inside_the_picture(values: list[float | None]) -> None:
     chart = draw("x", {"a": list(enumerate(values))})
     for line in chart.lines if chart else ():
