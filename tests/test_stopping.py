@@ -61,7 +61,8 @@ def words(stage: str, root: Path, whole: Path, *more: str) -> list[str]:
     common = [word for word in WORDS if not word.startswith("experiment") and "." not in word.split("=")[0]]
     tiny = [word.removeprefix(f"{stage}.") for word in WORDS if word.startswith(f"{stage}.")]
     parents = [f"{role}={whole / name / 'model'}" for role, name in PARENTS[stage].items()]
-    fixed = [f"experiment=quickstart/{stage}", f"run.root={root}", "tracking.every=1", "tracking.progress=false"]
+    fixed = [f"experiment=quickstart/{stage}", f"run.root={root}", "tracking.progress=false"]
+    fixed += ["tracking.every=1", "tracking.digest_every=1"]
     baselines = ["evaluation.baselines=true"] if stage == "reward_model" else []
     return [stage, *fixed, *common, *parents, *tiny, *baselines, f"extensions=[{ASK}]", *more]
 

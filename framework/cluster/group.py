@@ -61,7 +61,7 @@ class Group(ABC):
         """Wait until all workers have come up."""
 
     @abstractmethod
-    def asked(self) -> int:
+    def asked(self) -> Pending[int]:
         """The exit code of a worker whose own process was asked to stop, 0 where none was."""
 
     @abstractmethod
@@ -79,9 +79,9 @@ class LocalGroup(Group):
     def ready(self) -> None:
         """It came up when it was built."""
 
-    def asked(self) -> int:
+    def asked(self) -> Pending[int]:
         """Its process is this one, which knows."""
-        return 0
+        return Pending.done(0)
 
     def _call(self, name: str, mark: Mark, call: Call) -> Any:
         layout = Layout((0,))

@@ -92,10 +92,10 @@ class RayGroup(Group):
             self._pids = [pid for pid, _ in seats]
             self._layout = Layout(tuple(data_rank for _, data_rank in seats))
 
-    def asked(self) -> int:
+    def asked(self) -> Pending[int]:
         self.ready()
         asking = _ranked([shell.asked.remote() for shell in self._shells])
-        return max(self._collect(asking, "asked", self._config.deadline_s))
+        return Pending(lambda pause: max(self._collect(asking, "asked", self._config.deadline_s, pause=pause)))
 
     def close(self) -> None:
         """End the workers at once, whatever they are doing."""

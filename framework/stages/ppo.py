@@ -72,8 +72,8 @@ def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: A
     job.folder.cut_back(saved)
     if not state.before:
         state = replace(state, before=assessor.assess(0))
-    if state.iteration == 0 and (first := weights_digest(config, roles, 0)):
-        job.folder.log(0, first)
+        if first := weights_digest(config, roles, 0):
+            job.folder.log(0, first)
     total = config.ppo.iterations
 
     def save(figures: Figures) -> None:

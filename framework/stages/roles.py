@@ -68,7 +68,8 @@ class Roles:
     def asked(self) -> int:
         """The exit code that this process, or any worker's, was asked to leave with; 0 = none was."""
         groups = (self.actor, self.critic, self.reference, self.reward, self.generator)
-        return self.stop.exit_code or max(group.asked() for group in groups)
+        answers = [group.asked() for group in groups]
+        return self.stop.exit_code or max(answer.result() for answer in answers)
 
     def leave(self, where: str) -> None:
         """A safe point: nothing has been updated since the last checkpoint could have been saved."""
