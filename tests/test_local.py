@@ -37,6 +37,7 @@ def test_two_ranks_end_where_one_process_ends(tmp_path: Path) -> None:
 
 
 def test_a_world_that_the_layout_cannot_fill_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
     done = local("pretrain", "tokenizer=t", "data.train=[a.txt]", "device=cpu", "parallel=single", cwd=tmp_path)
     assert done.returncode != 0
     assert "parallel=single runs on one process" in done.stderr

@@ -146,7 +146,8 @@ def test_ray_is_told_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch)
     told: list[dict[str, Any]] = []
     stand_in = SimpleNamespace(init=lambda **words: told.append(words), shutdown=lambda: None)
     monkeypatch.setitem(sys.modules, "ray", stand_in)
-    monkeypatch.setattr(local_ray, "_silence_driver", lambda: None)
+    for step in ("_silence_driver", "_shut_down"):
+        monkeypatch.setattr(local_ray, step, lambda: None)
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     with socket.create_server(("127.0.0.1", 0)) as server:
