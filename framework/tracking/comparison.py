@@ -114,7 +114,7 @@ class Comparison:
 
     def charts(self) -> list[Chart]:
         """Every common curve, both runs in one picture."""
-        names = str(self.left.folder), str(self.right.folder)
+        names = "left", "right"  # whole paths would push a title out of its picture
         drawn = [
             draw(title, {name: sorted(curve.items()) for name, curve in zip(names, pair) if curve})
             for title, pair in self.curves.items()

@@ -65,7 +65,7 @@ def test_common_figures_and_curves_the_last_line_of_a_step_counts(tmp_path: Path
     assert both.curves == {"loss": ({1: 3.0, 2: None}, {1: 4.0})}
     assert both.figures == {"loss": (2.0, 2.5)}
     (chart,) = both.charts()
-    assert [line.name for line in chart.lines] == [str(left), str(right)]
+    assert [line.name for line in chart.lines] == ["left", "right"]
 
 
 @pytest.mark.parametrize(
