@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def is_url(place: str) -> bool:
-    """Whether a name is a URL: s3://bucket/runs/sft for a folder, hub:OWNER/NAME for data."""
-    return "://" in place or place.startswith("hub:")
+    """Whether a folder is named by a URL that fsspec understands."""
+    return "://" in place
 
 
 def local(place: str | Path) -> Path:

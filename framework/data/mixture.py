@@ -1,9 +1,9 @@
 """Several sources as one, drawn in given shares.
 
-The share holds at every moment, not only on average: after n rows each source has given its share of n to within one
-row of every source, because each position goes to the source that lags most behind. A source with an epoch cap drops
-out where it reaches the cap, and the others share what it leaves; so the order never depends on how long a run is.
-Left out: weights that change with the loss.
+The share, rounded to a thousandth, holds at every moment, not only on average: after n rows each source has given its
+share of n to within one row of every source, because each position goes to the source that lags most behind. A source
+with an epoch cap drops out where it reaches the cap, and the others share what it leaves; so the order never depends on
+how long a run is. Left out: weights that change with the loss.
 """
 
 from collections.abc import Callable, Sequence

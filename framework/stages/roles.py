@@ -14,9 +14,9 @@ import numpy as np
 from framework.checkpoint.manager import Checkpoint
 from framework.cluster.group import Group
 from framework.cluster.session import Cluster, open_cluster
-from framework.core.places import is_url
 from framework.core.records import PromptBatch, Rollout, Tokenizer
 from framework.core.signals import StopRequest
+from framework.data.hub import SCHEME
 from framework.data.loader import RowSource
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.stages.config import PpoRun
@@ -150,9 +150,14 @@ def _reward(cluster: Cluster, config: PpoRun, spec: EngineSpec) -> Group:
         name=config.ppo.reward,
         tokenizer=config.init_from,
         spec=spec if spec.folder else None,
-        prompts=[path if is_url(path) else str(Path(path).absolute()) for path in [*data.train, *data.valid_paths]],
+        prompts=[_anywhere(path) for path in [*data.train, *data.valid_paths]],
         format=config.data.format,
     )
+
+
+def _anywhere(path: str) -> str:
+    """Data as a worker finds it, whatever folder it works in."""
+    return path if path.startswith(SCHEME) else str(Path(path).absolute())
 
 
 def _generator(config: PpoRun, tokenizer: Tokenizer) -> dict[str, object]:
