@@ -6,9 +6,7 @@ Left out: the loop (`loop`), the losses (they come from stages and workers), ten
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
-from functools import partial
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +14,12 @@ from torch import Tensor
 from framework.checkpoint.integrity import signed, tensor_hash
 from framework.core.config import digest
 from framework.core.errors import NonFiniteError
-from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores, count
+from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.flops import Work, training_work
-from framework.engine.metrics import merge, reduce_over
-from framework.engine.micro_batches import MicroBatch, cut, join, trim, without_empty
+from framework.engine.micro_batches import without_empty
+from framework.engine.passes import Passes, Straight
 from framework.engine.precision import COMPUTE, MASTER, computing_in
 from framework.engine.protocol import LossFn, StepReport
 from framework.models.config import ModelConfig
@@ -87,7 +85,8 @@ class TorchEngine:
         self.ranks, self.data_rank, self.data_size = ranks, ranks.rank, ranks.size
         self.step_count, self.total_steps = 0, total_steps
         self._skipped_in_a_row = 0
-        self._work, self._loss = Work(), torch.zeros((), dtype=torch.float64, device=device)
+        self._work = Work()
+        self._passes = Passes(Straight(scorer, inside=self._precision), ranks, micro_size, device)
         self._parameters = {logical_name(name): p for name, p in scorer.named_parameters()}
         shapes = {name: p.shape for name, p in self._parameters.items()}
         parts = {name: local(p) for name, p in self._parameters.items()}
@@ -97,71 +96,24 @@ class TorchEngine:
 
     def forward_backward(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""
-        kept = without_empty(rows)
-        self._work += training_work(self.scorer.model.config, kept, self.scorer.scores_labels)
-        return self._run(kept, loss_fn, counts, backward=True)
+        self._work += training_work(self.scorer.model.config, without_empty(rows), self.scorer.scores_labels)
+        self.scorer.train()
+        return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}")
 
     def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""
+        self.scorer.eval()
         with torch.no_grad():
-            metrics = self._run(without_empty(rows), loss_fn, counts, backward=False)
+            metrics = self._passes.run(rows, loss_fn, counts, False, f"validation after step {self.step_count}")
         reshard(self.scorer)
         return metrics
 
     def infer(self, rows: Rows) -> Scores:
-        """See `protocol.Engine`. The scores come back to where the rows were."""
-        number = max(1, int(self._gather_numbers(self._num_micro_batches(rows)).max()))
-        parts: list[tuple[Scores, MicroBatch]] = []
+        """See `protocol.Engine`."""
         self.scorer.eval()
-        with torch.no_grad(), deadline("inference"), self._precision():
-            for micro in cut(rows.to(self.device), self.micro_size, number):
-                parts.append((self.scorer(micro.rows), micro))
+        scores = self._passes.infer(rows)
         reshard(self.scorer)
-        return join(parts).to(rows.inputs().tokens.device)
-
-    def _run(self, rows: Rows, loss_fn: LossFn, counts: Counts | None, backward: bool) -> Metrics:
-        number, everywhere = self._agree(rows, counts)
-        self.scorer.train(backward)
-        metrics: Metrics = {}
-        with self._precision():
-            for index, micro in enumerate(cut(rows.to(self.device), self.micro_size, number)):
-                with deadline(f"step {self.step_count}, micro-batch {index} of {number}"):
-                    loss, figures = self._loss_of(micro, loss_fn, everywhere)
-                    if backward:
-                        loss.backward()
-                        self._loss += loss.detach().sum()
-                metrics = merge(metrics, figures)
-        return reduce_over(self.ranks, metrics)
-
-    def _loss_of(self, micro: MicroBatch, loss_fn: LossFn, counts: Counts) -> tuple[Tensor, Metrics]:
-        """A rank that has run out of rows goes along with an empty one, which counts zero times."""
-        with_entropy = getattr(loss_fn, "needs_entropy", False)
-        if getattr(loss_fn, "pointwise", False):
-            token_loss = partial(_with_counts, loss_fn, counts)
-            loss, metrics = self.scorer(micro.rows, token_loss=token_loss, with_entropy=with_entropy)
-        else:
-            scores = self.scorer(micro.rows, with_entropy=with_entropy)
-            kept = micro.filled or len(micro.rows)
-            rows = micro.rows.select(slice(0, kept))
-            loss, metrics = loss_fn(trim(scores, micro.rows, kept), rows, counts)
-        if micro.filled:
-            return loss, metrics
-        return loss * 0, {name: (total * 0, weight * 0) for name, (total, weight) in metrics.items()}
-
-    def _agree(self, rows: Rows, counts: Counts | None) -> tuple[int, Counts]:
-        """(micro-batches that every rank must go through, counts over all data ranks)."""
-        mine = count(rows) if counts is None else counts
-        numbers = [self._num_micro_batches(rows), *(int(n) for n in (mine.tokens, mine.sequences, mine.pairs))]
-        table = self._gather_numbers(*numbers)
-        tokens, sequences, pairs = table[:, 1:].sum(dim=0).split(1)
-        return max(1, int(table[:, 0].max())), Counts(tokens=tokens, sequences=sequences, pairs=pairs)
-
-    def _gather_numbers(self, *numbers: int) -> Tensor:
-        """[data ranks, numbers] int64."""
-        return self.ranks.gather(torch.tensor(numbers, device=self.device), "row counts")
-
-    def _num_micro_batches(self, rows: Rows) -> int:
-        return -(-len(rows) // self.micro_size)
+        return scores
 
     def _precision(self) -> AbstractContextManager[None]:
         """FSDP2 casts by itself; without it the parameters are exchanged for the time being."""
@@ -195,10 +147,12 @@ class TorchEngine:
         not depend on how the parameters are cut."""
         is_first = self.data_rank == 0
         mine = [g for name, g in gradients.items() if is_owner(self._parameters[name], is_first)]
-        norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(self._loss)]
+        norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(self._passes.loss)]
         squares = torch.stack(norms).square().sum()
         work = torch.tensor(astuple(self._work), dtype=torch.float64, device=self.device)
-        total = self.ranks.sum(torch.cat([torch.stack([squares, self._loss]), work]), "the gradient norm").tolist()
+        total = self.ranks.sum(
+            torch.cat([torch.stack([squares, self._passes.loss]), work]), "the gradient norm"
+        ).tolist()
         return total[0] ** 0.5, total[1], Work(*total[2:])
 
     def _refuse_non_finite(self, norm: float, loss: float) -> None:
@@ -210,7 +164,7 @@ class TorchEngine:
 
     def _forget_gradients(self) -> None:
         self.scorer.zero_grad(set_to_none=True)
-        self._loss.zero_()
+        self._passes.loss.zero_()
         self._work = Work()
 
     # --- weights and states ------------------------------------------------------------------------------------
@@ -278,11 +232,3 @@ class TorchEngine:
 def _gradient(parameter: Tensor) -> Tensor:
     """This rank's part; zero for a parameter that no loss has reached."""
     return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
-
-
-def _with_counts(
-    loss_fn: Any, counts: Counts, log_probs: Tensor, entropy: Tensor | None, rows: Rows
-) -> tuple[Tensor, Metrics]:
-    """A pointwise loss as the Scorer calls it."""
-    loss, metrics = loss_fn(log_probs, entropy, rows, counts)
-    return loss, metrics

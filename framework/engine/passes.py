@@ -1,0 +1,130 @@
+"""Rows through a module: cut into micro-batches, scored, their losses added up and taken backward, figures reduced.
+
+What every engine shares. Left out: the update (the engine), and what carries one micro-batch after another (`Straight`
+here; a pipeline cuts a module into stages).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from framework.core.records import Counts, Metrics, Rows, Scores, count
+from framework.engine.metrics import merge, reduce_over
+from framework.engine.micro_batches import MicroBatch, cut, join, trim, without_empty
+from framework.engine.protocol import LossFn
+from framework.parallel.collectives import Ranks, deadline
+
+Score = Callable[..., Any]  # a Scorer's forward, however it is wrapped
+LossOf = Callable[[Score, MicroBatch], tuple[Tensor, Metrics]]
+
+
+class Carrier(Protocol):
+    """Carries micro-batches of one shape through a module, the same number of them on every rank. Collective."""
+
+    def losses(
+        self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool, phase: str
+    ) -> tuple[Tensor, Metrics]:
+        """(sum of the losses, metrics added up) over `micros`; with `backward`, gradients are added too."""
+
+    def scores(self, micros: Sequence[MicroBatch]) -> list[Scores]:
+        """The scores of each, without gradients."""
+
+
+class Straight:
+    """One micro-batch after another through a whole module. `inside` is entered around forward and backward."""
+
+    def __init__(
+        self,
+        score: Score,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._score, self._backward, self._inside = score, backward, inside
+
+    def losses(
+        self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool, phase: str
+    ) -> tuple[Tensor, Metrics]:
+        """See `Carrier`."""
+        total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
+        with self._inside():
+            for index, micro in enumerate(micros):
+                with deadline(f"{phase}, micro-batch {index} of {len(micros)}"):
+                    loss, figures = loss_of(self._score, micro)
+                    if backward:
+                        self._backward(loss)
+                total = total.to(loss.device) + loss.detach().sum()
+                metrics = merge(metrics, figures)
+        return total, metrics
+
+    def scores(self, micros: Sequence[MicroBatch]) -> list[Scores]:
+        """See `Carrier`."""
+        with deadline("inference"), self._inside():
+            return [self._score(micro.rows) for micro in micros]
+
+
+class Passes:
+    """Forward and backward of an engine, over `ranks`, its data ranks. `loss` adds up what backward went through."""
+
+    def __init__(self, carrier: Carrier, ranks: Ranks, micro_size: int, device: torch.device):
+        self._carrier, self._ranks, self._micro_size, self._device = carrier, ranks, micro_size, device
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def run(self, rows: Rows, loss_fn: LossFn, counts: Counts | None, backward: bool, phase: str) -> Metrics:
+        """`protocol.Engine.forward_backward`, or `measure` without `backward`. `phase` names the step in errors."""
+        kept = without_empty(rows)
+        number, everywhere = self._agree(kept, counts)
+        micros = list(cut(kept.to(self._device), self._micro_size, number))
+        total, metrics = self._carrier.losses(micros, partial(loss_of, loss_fn, everywhere), backward, phase)
+        if backward:
+            self.loss += total
+        return reduce_over(self._ranks, metrics)
+
+    def infer(self, rows: Rows) -> Scores:
+        """See `protocol.Engine`. The scores come back to where the rows were."""
+        number = max(1, int(self._gather(self._num_micro_batches(rows)).max()))
+        micros = list(cut(rows.to(self._device), self._micro_size, number))
+        with torch.no_grad():
+            parts = list(zip(self._carrier.scores(micros), micros, strict=True))
+        return join(parts).to(rows.inputs().tokens.device)
+
+    def _agree(self, rows: Rows, counts: Counts | None) -> tuple[int, Counts]:
+        """(micro-batches that every rank must go through, counts over all data ranks)."""
+        mine = count(rows) if counts is None else counts
+        numbers = [self._num_micro_batches(rows), *(int(n) for n in (mine.tokens, mine.sequences, mine.pairs))]
+        table = self._gather(*numbers)
+        tokens, sequences, pairs = table[:, 1:].sum(dim=0).split(1)
+        return max(1, int(table[:, 0].max())), Counts(tokens=tokens, sequences=sequences, pairs=pairs)
+
+    def _gather(self, *numbers: int) -> Tensor:
+        """[data ranks, numbers] int64."""
+        return self._ranks.gather(torch.tensor(numbers, device=self._device), "row counts")
+
+    def _num_micro_batches(self, rows: Rows) -> int:
+        return -(-len(rows) // self._micro_size)
+
+
+def loss_of(loss_fn: LossFn, counts: Counts, score: Score, micro: MicroBatch) -> tuple[Tensor, Metrics]:
+    """The loss of one micro-batch. A rank that has run out of rows goes along with an empty one, which counts zero
+    times."""
+    with_entropy = getattr(loss_fn, "needs_entropy", False)
+    if getattr(loss_fn, "pointwise", False):
+        loss, metrics = score(micro.rows, token_loss=partial(_with_counts, loss_fn, counts), with_entropy=with_entropy)
+    else:
+        scores = score(micro.rows, with_entropy=with_entropy)
+        kept = micro.filled or len(micro.rows)
+        loss, metrics = loss_fn(trim(scores, micro.rows, kept), micro.rows.select(slice(0, kept)), counts)
+    if micro.filled:
+        return loss, metrics
+    return loss * 0, {name: (total * 0, weight * 0) for name, (total, weight) in metrics.items()}
+
+
+def _with_counts(
+    loss_fn: Any, counts: Counts, log_probs: Tensor, entropy: Tensor | None, rows: Rows
+) -> tuple[Tensor, Metrics]:
+    """A pointwise loss as the Scorer calls it."""
+    loss, metrics = loss_fn(log_probs, entropy, rows, counts)
+    return loss, metrics
