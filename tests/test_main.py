@@ -10,7 +10,6 @@ import pytest
 from framework.core.errors import UsageError
 from framework.main import compose, main
 from framework.optim.config import Schedule
-from framework.parallel.config import Shard
 from framework.stages.config import STAGES, PpoRun, SftRun
 
 SFT = ["init_from=base", "data.train=[a.jsonl]"]
@@ -46,7 +45,7 @@ def test_under_a_hundred_keys_a_stage(capsys: pytest.CaptureFixture[str]) -> Non
 def test_words_become_one_frozen_config() -> None:
     (config,) = compose("sft", [*SFT, "parallel=fsdp", "optim.schedule=wsd", "batch.size=8", "name=mine"])
     assert isinstance(config, SftRun)
-    assert config.parallel.shard is Shard.FULL
+    assert config.parallel.shard == 0
     assert config.optim.schedule is Schedule.WSD
     assert config.folder == Path("runs/mine")
     with pytest.raises(dataclasses.FrozenInstanceError):

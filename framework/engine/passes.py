@@ -25,6 +25,8 @@ LossOf = Callable[[Score, MicroBatch], tuple[Tensor, Metrics]]
 class Carrier(Protocol):
     """Carries micro-batches of one shape through a module, the same number of them on every rank. Collective."""
 
+    multiple: int  # that number must be one of it
+
     def losses(
         self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool, phase: str
     ) -> tuple[Tensor, Metrics]:
@@ -36,6 +38,8 @@ class Carrier(Protocol):
 
 class Straight:
     """One micro-batch after another through a whole module. `inside` is entered around forward and backward."""
+
+    multiple = 1
 
     def __init__(
         self,
@@ -85,7 +89,7 @@ class Passes:
 
     def infer(self, rows: Rows) -> Scores:
         """See `protocol.Engine`. The scores come back to where the rows were."""
-        number = max(1, int(self._gather(self._num_micro_batches(rows)).max()))
+        number = self._common(self._gather(self._num_micro_batches(rows)))
         micros = list(cut(rows.to(self._device), self._micro_size, number))
         with torch.no_grad():
             parts = list(zip(self._carrier.scores(micros), micros, strict=True))
@@ -97,7 +101,11 @@ class Passes:
         numbers = [self._num_micro_batches(rows), *(int(n) for n in (mine.tokens, mine.sequences, mine.pairs))]
         table = self._gather(*numbers)
         tokens, sequences, pairs = table[:, 1:].sum(dim=0).split(1)
-        return max(1, int(table[:, 0].max())), Counts(tokens=tokens, sequences=sequences, pairs=pairs)
+        return self._common(table[:, :1]), Counts(tokens=tokens, sequences=sequences, pairs=pairs)
+
+    def _common(self, numbers: Tensor) -> int:
+        """Micro-batches for all: as many as the rank with most rows has, at least one, and what the carrier wants."""
+        return -(-max(1, int(numbers.max())) // self._carrier.multiple) * self._carrier.multiple
 
     def _gather(self, *numbers: int) -> Tensor:
         """[data ranks, numbers] int64."""

@@ -1,25 +1,26 @@
-"""The engine on plain PyTorch: one process, or data parallel with the states shared out by FSDP2 or replicated.
+"""The engine on plain PyTorch: one process, or ranks that share out rows, parameters, matrices, places and layers.
 
-Left out: the loop (`loop`), the losses (they come from stages and workers), tensor, context and pipeline parallelism.
+Left out: the loop (`loop`), the losses (they come from stages and workers), which part goes where (`plan`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
 from math import isfinite
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from framework.checkpoint.integrity import signed, tensor_hash
-from framework.core.config import digest
 from framework.core.errors import NonFiniteError
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.flops import Work, training_work
+from framework.engine.holdings import Holdings, Stage
 from framework.engine.micro_batches import without_empty
-from framework.engine.passes import Passes, Straight
+from framework.engine.passes import Carrier, Passes, Straight
+from framework.engine.pipelined import Pipelined
+from framework.engine.plan import check, lay_out, stages_of
 from framework.engine.precision import COMPUTE, MASTER, computing_in
 from framework.engine.protocol import LossFn, StepReport
 from framework.models.config import ModelConfig
@@ -28,11 +29,11 @@ from framework.models.transformer import Transformer
 from framework.optim.adamw import AdamW
 from framework.optim.config import OptimConfig
 from framework.optim.schedule import learning_rate
-from framework.parallel.apply import apply
-from framework.parallel.collectives import Ranks, deadline
+from framework.parallel.collectives import DATA
 from framework.parallel.config import ParallelConfig
-from framework.parallel.mesh import build_mesh
-from framework.parallel.shard import box_of, full, is_owner, local, reshard
+from framework.parallel.mesh import Mesh, build_mesh
+from framework.parallel.pipeline import Line
+from framework.parallel.shard import local, reshard
 
 _COUNTERS: Box = ((0, 3),)  # optim/steps: steps taken, updates made, steps skipped in a row
 
@@ -56,14 +57,20 @@ def build_engine(
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
     the logits of every log-prob.
     """
-    with torch.device("meta"):
-        scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
-    scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
+    check(model, parallel, config, runtime.world_size)
     mesh = build_mesh(parallel, runtime)
-    blocks = [f"model.layers.{name}" for name in scorer.model.layers]
-    apply(scorer, blocks, mesh, compile=config.compile, compute=COMPUTE[config.precision])
-    scorer.to_empty(device=runtime.device)
-    engine = TorchEngine(scorer, Ranks(mesh), config, micro_size, optim, total_steps, runtime.device)
+
+    def build() -> Scorer:
+        with torch.device("meta"):
+            scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
+        return scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
+
+    shapes = {logical_name(name): tuple(p.shape) for name, p in build().named_parameters()}
+    stages = []
+    for number, layers in stages_of(model, parallel, mesh):
+        stages.append(lay_out(build(), number, layers, parallel, mesh, config))
+        stages[-1].scorer.to_empty(device=runtime.device)
+    engine = TorchEngine(stages, shapes, mesh, parallel, config, micro_size, optim, total_steps, runtime.device)
     engine.load_weights(weights)
     return engine
 
@@ -73,52 +80,81 @@ class TorchEngine:
 
     def __init__(
         self,
-        scorer: Scorer,
-        ranks: Ranks,
+        stages: Sequence[Stage],
+        shapes: Mapping[str, tuple[int, ...]],
+        mesh: Mesh,
+        parallel: ParallelConfig,
         config: EngineConfig,
         micro_size: int,
         optim: OptimConfig | None,
         total_steps: int,
         device: torch.device,
     ):
-        self.scorer, self.config, self.micro_size, self.device = scorer, config, micro_size, device
-        self.ranks, self.data_rank, self.data_size = ranks, ranks.rank, ranks.size
+        self.config, self.micro_size, self.device, self.mesh = config, micro_size, device, mesh
+        self.scorers = [stage.scorer for stage in stages]
+        ranks = mesh.ranks(*DATA)
+        self.data_rank, self.data_size = ranks.rank, ranks.size
         self.step_count, self.total_steps = 0, total_steps
         self._skipped_in_a_row = 0
         self._work = Work()
-        self._passes = Passes(Straight(scorer, inside=self._precision), ranks, micro_size, device)
-        self._parameters = {logical_name(name): p for name, p in scorer.named_parameters()}
-        shapes = {name: p.shape for name, p in self._parameters.items()}
-        parts = {name: local(p) for name, p in self._parameters.items()}
-        self.optimizer = None if optim is None else AdamW(parts, shapes, optim)
+        self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device)
+        self.holdings = Holdings(stages, shapes, mesh)
+        self.optimizer = None
+        if optim is not None:
+            whole = {name: torch.Size(shapes[name]) for name in self.holdings.parameters}
+            self.optimizer = AdamW(self.holdings.locals(), whole, optim)
+
+    def _carrier(self, stages: Sequence[Stage], parallel: ParallelConfig) -> Carrier:
+        size = self.mesh.size("pipeline")
+        if size == 1:
+            return Straight(self.scorers[0], inside=self._precision)
+        return Pipelined(
+            [(stage.number, stage.scorer) for stage in stages],
+            size * len(stages),
+            Line(self.mesh, self.device, COMPUTE[self.config.precision]),
+            self.mesh.ranks("pipeline"),
+            self.mesh.ranks("tensor"),
+            parallel.schedule,
+            self._precision,
+        )
 
     # --- forward and backward ----------------------------------------------------------------------------------
 
     def forward_backward(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""
-        self._work += training_work(self.scorer.model.config, without_empty(rows), self.scorer.scores_labels)
-        self.scorer.train()
+        scorer = self.scorers[0]
+        self._work += training_work(scorer.model.config, without_empty(rows), scorer.scores_labels)
+        self._train(True)
         return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}")
 
     def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""
-        self.scorer.eval()
+        self._train(False)
         with torch.no_grad():
             metrics = self._passes.run(rows, loss_fn, counts, False, f"validation after step {self.step_count}")
-        reshard(self.scorer)
+        self._reshard()
         return metrics
 
     def infer(self, rows: Rows) -> Scores:
         """See `protocol.Engine`."""
-        self.scorer.eval()
+        self._train(False)
         scores = self._passes.infer(rows)
-        reshard(self.scorer)
+        self._reshard()
         return scores
+
+    def _train(self, mode: bool) -> None:
+        for scorer in self.scorers:
+            scorer.train(mode)
+
+    def _reshard(self) -> None:
+        for scorer in self.scorers:
+            reshard(scorer)
 
     def _precision(self) -> AbstractContextManager[None]:
         """FSDP2 casts by itself; without it the parameters are exchanged for the time being."""
-        whole = self.ranks.group is None
-        return computing_in(COMPUTE[self.config.precision], self.scorer) if whole else nullcontext()
+        if self.mesh.sharing is not None:
+            return nullcontext()
+        return computing_in(COMPUTE[self.config.precision], nn.ModuleList(self.scorers))
 
     # --- the update --------------------------------------------------------------------------------------------
 
@@ -126,7 +162,7 @@ class TorchEngine:
         """See `protocol.Engine`."""
         assert self.optimizer is not None, "an engine built without optim only infers"
         config = self.optimizer.config
-        gradients = {name: _gradient(p) for name, p in self._parameters.items()}
+        gradients = self.holdings.gradients()
         norm, loss, work = self._summed(gradients)
         lr = learning_rate(config, self.step_count, self.total_steps)
         skipped = not isfinite(norm + loss)
@@ -145,15 +181,14 @@ class TorchEngine:
     def _summed(self, gradients: dict[str, Tensor]) -> tuple[float, float, Work]:
         """(gradient norm, loss, work) over all ranks in one collective. Squares add up in fp64, so that the norm does
         not depend on how the parameters are cut."""
-        is_first = self.data_rank == 0
-        mine = [g for name, g in gradients.items() if is_owner(self._parameters[name], is_first)]
-        norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(self._passes.loss)]
-        squares = torch.stack(norms).square().sum()
+        mine = [gradients[name] for name in self.holdings.owned()]
+        loss = self._passes.loss
+        norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(loss)]
         work = torch.tensor(astuple(self._work), dtype=torch.float64, device=self.device)
-        total = self.ranks.sum(
-            torch.cat([torch.stack([squares, self._passes.loss]), work]), "the gradient norm"
-        ).tolist()
-        return total[0] ** 0.5, total[1], Work(*total[2:])
+        said = torch.cat([loss.unsqueeze(0), work]) * self.mesh.speaks_for_row
+        table = torch.cat([torch.stack(norms).square().sum().unsqueeze(0), said])
+        squares, total, *done = self.holdings.sum(table, "the gradient norm").tolist()
+        return squares**0.5, total, Work(*done)
 
     def _refuse_non_finite(self, norm: float, loss: float) -> None:
         what = f"step {self.step_count - 1}: loss {loss}, gradient norm {norm}"
@@ -163,7 +198,8 @@ class TorchEngine:
             raise NonFiniteError(f"{what}; more than engine.max_skips={self.config.max_skips} such steps in a row")
 
     def _forget_gradients(self) -> None:
-        self.scorer.zero_grad(set_to_none=True)
+        for scorer in self.scorers:
+            scorer.zero_grad(set_to_none=True)
         self._passes.loss.zero_()
         self._work = Work()
 
@@ -171,64 +207,51 @@ class TorchEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `protocol.Engine`."""
-        for name, parameter in self._parameters.items():
-            with deadline(f"the gathering of {name}"):
-                weight = full(parameter)
-            yield name, weight
+        return self.holdings.weights()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, full tensor) of every gradient since the last step, one at a time. Collective."""
+        mine = self.holdings.gradients()
+        for name in self.holdings.shapes:
+            yield name, self.holdings.whole(name, mine.get(name))
 
     def fingerprints(self) -> dict[str, int]:
         """See `protocol.Engine`."""
-        is_first = self.data_rank == 0
-        mine = {name: p for name, p in self._parameters.items() if is_owner(p, is_first)}
-        return {name: tensor_hash(local(p), box_of(p), p.shape) for name, p in mine.items()}
+        return self.holdings.fingerprints()
 
     def digest(self) -> str:
         """See `protocol.Engine`."""
-        mine = self.fingerprints()
-        hashes = [signed(mine.get(name, 0)) for name in self._parameters]
-        total = self.ranks.sum(torch.tensor(hashes, device=self.device), "the weights' hashes")
-        return digest(dict(zip(self._parameters, total.tolist(), strict=True)))
+        return self.holdings.digest()
 
     def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
         """See `protocol.Engine`."""
-        is_first = self.data_rank == 0
-        for name, parameter in self._parameters.items():
-            if is_owner(parameter, is_first):
-                yield f"model/{name}", box_of(parameter), local(parameter)
+        owned = self.holdings.owned()
+        for name in owned:
+            yield f"model/{name}", self.holdings.box(name), local(self.holdings.parameters[name])
         if self.optimizer is None:
             return
         for kind, name, state in self.optimizer.states():
-            if is_owner(self._parameters[name], is_first):
-                yield f"optim/{kind}/{name}", box_of(self._parameters[name]), state
-        if is_first:
+            if name in owned:
+                yield f"optim/{kind}/{name}", self.holdings.box(name), state
+        if self.holdings.is_first:
             counters = [self.step_count, self.optimizer.updates, self._skipped_in_a_row]
             yield "optim/steps", _COUNTERS, torch.tensor(counters)
 
     def load_shards(self, read: ReadBox) -> None:
         """See `protocol.Engine`."""
-        self._fill(lambda name, box: read(f"model/{name}", box))
+        self._forget_gradients()
+        self.holdings.fill(lambda name, box: read(f"model/{name}", box))
         if self.optimizer is None:
             return
         for kind, name, state in self.optimizer.states():
             if state.numel():
-                state.copy_(read(f"optim/{kind}/{name}", box_of(self._parameters[name])))
+                state.copy_(read(f"optim/{kind}/{name}", self.holdings.box(name)))
         self.step_count, self.optimizer.updates, self._skipped_in_a_row = read("optim/steps", _COUNTERS).tolist()
 
     def load_weights(self, read: ReadBox) -> None:
         """See `protocol.Engine`."""
-        self._fill(read)
+        self._forget_gradients()
+        self.holdings.fill(read)
         self.step_count = self._skipped_in_a_row = 0
         if self.optimizer is not None:
             self.optimizer.reset()
-
-    def _fill(self, read: ReadBox) -> None:
-        self._forget_gradients()
-        for name, parameter in self._parameters.items():
-            part = local(parameter)
-            if part.numel():
-                part.copy_(read(name, box_of(parameter)))
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """This rank's part; zero for a parameter that no loss has reached."""
-    return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)

@@ -24,7 +24,7 @@ class Context:
 
     positions: Tensor  # [B|1, T] int64
     rotary: tuple[Tensor, Tensor] | None  # cos, sin [B|1, T, H]
-    mask: Tensor | None  # [B, 1, T, S] bool, True = sees; None = `causal` says it all
+    mask: Tensor | None  # [B, 1, T, S] bool, True = sees; None = `causal` says it all; else what the core wants
     causal: bool
     cache: CacheView | None
     keys: int  # S: how many keys a query is shown
@@ -67,11 +67,20 @@ class Attention(nn.Module):
         return self.o(self.core(q, k, v, context.mask, context.causal).flatten(2))
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
+class DocumentMask(nn.Module):
     """[B,1,T,T] bool from document_ids[B,T]: a token sees earlier tokens of its own document, itself included.
 
-    Padding (id 0) sees padding, so that its rows stay finite; nothing real ever sees it.
+    Padding (id 0) sees padding, so that its rows stay finite; nothing real ever sees it. Without parameters, so that a
+    plan can put here what its attention core wants to know instead.
     """
+
+    def forward(self, document_ids: Tensor) -> Tensor:
+        """See above."""
+        return document_mask(document_ids)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """See `DocumentMask`."""
     same = document_ids.unsqueeze(2) == document_ids.unsqueeze(1)
     return same.tril().unsqueeze(1)
 

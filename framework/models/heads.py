@@ -1,6 +1,5 @@
 """What stands on the hidden states besides the language head's weight, which belongs to the Transformer."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,10 +25,3 @@ class LogProbs(nn.Module):
             hidden, weight, labels, temperature=self.temperature, vocab_size=vocab_size, with_entropy=with_entropy
         )
         return log_probs[:count], None if entropy is None else entropy[:count]
-
-
-def last_token(hidden: Tensor, document_ids: Tensor) -> Tensor:
-    """The state of each row's last real token: hidden[B,T,D], document_ids[B,T] (0 = padding) -> [B,D]."""
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    last = torch.where(document_ids > 0, places, 0).amax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]

@@ -2,6 +2,7 @@
 
 A scorer has one purpose. Without a head of its own it scores labels; with `value_head` (a critic) or `num_classes` (a
 reward model, a classifier) it has no use for the language head: its log_probs are zero and an untied head is dropped.
+A pipeline stage that is not the last one gives hidden states.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.core.records import Metrics, Rows, Scores, TokenBatch
-from framework.models.heads import LogProbs, last_token
+from framework.models.heads import LogProbs
 from framework.models.layers import Linear
+from framework.models.sequence import WholeRows
 from framework.models.transformer import Transformer
 
 TokenLoss = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Metrics]]
@@ -24,6 +26,8 @@ class Scorer(nn.Module):
         super().__init__()
         size, strict = model.config.hidden_size, model.strict
         self.model = model
+        self.sequence = WholeRows()
+        self.ends = True  # it has the heads; False in a pipeline stage before the last
         self.log_probs = LogProbs(temperature)
         self.value_head = Linear(size, 1, False, strict) if value_head else None
         self.class_head = Linear(size, num_classes, False, strict) if num_classes else None
@@ -32,24 +36,37 @@ class Scorer(nn.Module):
             model.head = None
 
     def forward(
-        self, rows: Rows, token_loss: TokenLoss | None = None, with_entropy: bool = False
-    ) -> Scores | tuple[Tensor, Metrics]:
+        self,
+        rows: Rows,
+        token_loss: TokenLoss | None = None,
+        with_entropy: bool = False,
+        hidden: Tensor | None = None,
+    ) -> Scores | tuple[Tensor, Metrics] | Tensor:
         """Scores of rows.inputs() (pairs: chosen rows, then rejected). log_probs and entropy[B,T] are zero where
         loss_mask is False: the vocabulary is only gone through where a label counts. With `token_loss`, its (loss,
-        metrics) instead."""
-        inputs = rows.inputs()
+        metrics) instead; from a stage that does not end the model, hidden[B,t,D]. `hidden`: the stage's before."""
+        inputs = self.sequence.cut(rows.inputs())
         hidden = self.model(
-            inputs.tokens,
+            inputs.tokens if hidden is None else hidden,
             positions=inputs.positions,
-            document_ids=None if one_document_a_row(rows) else inputs.document_ids,
+            document_ids=None if self.sequence.whole and one_document_a_row(rows) else inputs.document_ids,
         )
-        log_probs, entropy = self._label_scores(hidden, inputs, with_entropy)
+        if not self.ends:
+            return hidden
+        length = rows.inputs().tokens.shape[1]
+        log_probs, entropy = (
+            None if x is None else self.sequence.join(x, length)
+            for x in self._label_scores(hidden, inputs, with_entropy)
+        )
+        assert log_probs is not None
         if token_loss is not None:
             return token_loss(log_probs, entropy, rows)
-        values = None if self.value_head is None else at_least_fp32(self.value_head(hidden)).squeeze(-1)
-        classes = None
+        values = classes = None
+        if self.value_head is not None:
+            values = self.sequence.join(at_least_fp32(self.value_head(hidden)).squeeze(-1), length)
         if self.class_head is not None:
-            classes = at_least_fp32(self.class_head(last_token(hidden, inputs.document_ids)))
+            last = self.class_head(self.sequence.last(hidden, inputs.document_ids))
+            classes = self.sequence.total(at_least_fp32(last))
         return Scores(log_probs=log_probs, entropy=entropy, values=values, classes=classes)
 
     def _label_scores(self, hidden: Tensor, inputs: TokenBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from framework.core.config import require
 from framework.core.errors import UsageError
-from framework.models.attention import Attention, Context, cache_mask, document_mask
+from framework.models.attention import Attention, Context, DocumentMask, cache_mask
 from framework.models.config import ModelConfig, NormPlace, Position
 from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
@@ -54,6 +54,7 @@ class Transformer(nn.Module):
         learned = config.position is Position.LEARNED
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.mask = DocumentMask()
         self.layers = nn.ModuleDict({str(i): Layer(config, i, strict) for i in range(config.num_layers)})
         self.norm = build_norm(config) if config.norm_place is NormPlace.PRE else None
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, False, strict)
@@ -107,14 +108,14 @@ class Transformer(nn.Module):
         tables = None
         if self.config.position is Position.ROTARY:
             tables = rotary_tables(positions, self.config.head_size, self.config.rope_theta, hidden.dtype)
-        length = hidden.shape[1]
+        length = positions.shape[1]
         if cache is not None:
             positions = positions.expand(hidden.shape[0], -1)
             keys = cache.cache.length if self.strict else cache.used
             return Context(positions, tables, cache_mask(positions, keys), False, cache, keys)
         if document_ids is None:
             return Context(positions, tables, None, True, None, length)
-        return Context(positions, tables, document_mask(document_ids), False, None, length)
+        return Context(positions, tables, self.mask(document_ids), False, None, length)
 
 
 def _require_strict_sizes(config: ModelConfig) -> None:

@@ -1,8 +1,11 @@
 """FSDP2 (Zhao et al. 2023; torch's fully_shard): parameters, gradients and optimizer states shared out over data ranks.
 
-And what follows from it for anyone who holds a parameter: which part of the whole is here (`box_of`, `local`), and who
-speaks for a part that several ranks hold (`is_owner`). Left out: tensor-parallel placements.
+And what follows from it, and from the cuts before it, for anyone who holds a parameter: which part of the whole is here
+(`Part.box_of`, `local`), and who speaks for a part that several ranks hold (`Part.is_owner`).
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +15,43 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from framework.core.records import Box, whole
-from framework.parallel.mesh import DATA, DATA_REPLICATE, DATA_SHARD
 
 
-def shard(module: nn.Module, blocks: list[str], mesh: DeviceMesh, compute: torch.dtype, reduce: torch.dtype) -> None:
-    """Shard each of `blocks` (module paths), then what is left at the root, over the data ranks of `mesh`.
+@dataclass(frozen=True)
+class Part:
+    """What a module's own parameter is of the whole one, before data ranks share it out.
+
+    Example, the left half of a matrix [8, 6] cut over two tensor ranks: Part((8, 6), ((0, 8), (0, 3))).
+    """
+
+    shape: tuple[int, ...]  # of the whole
+    box: Box
+    speaks: bool = True  # of the ranks that share a row and hold this same part, this one answers for it
+    summed_over: str = ""  # the axis of ranks that each hold a summand of its gradient; "" = none
+
+    def box_of(self, parameter: Tensor) -> Box:
+        """Where this rank's part of `parameter`, sharded or not, stands in the whole."""
+        return tuple((base + offset, length) for (base, _), (offset, length) in zip(self.box, _box_within(parameter)))
+
+    def is_owner(self, parameter: Tensor) -> bool:
+        """Whether this rank speaks for its part: of all ranks that hold the same, one does."""
+        if not isinstance(parameter, DTensor):
+            return self.speaks
+        place = parameter.device_mesh.get_coordinate()
+        assert place is not None
+        replicas = [where for where, how in zip(place, parameter.placements) if isinstance(how, Replicate)]
+        return self.speaks and not any(replicas) and all(length > 0 for _, length in _box_within(parameter))
+
+
+def shard(
+    module: nn.Module, blocks: Sequence[str], ranks: DeviceMesh, compute: torch.dtype, reduce: torch.dtype
+) -> None:
+    """Shard each of `blocks` (module paths), then what is left, over `ranks`, (replicate, shard) or (shard).
 
     Parameters are gathered in `compute`, gradients summed in `reduce`. Inputs are never cast: a record brings numbers,
     advantages say, that are not the model's.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
-    ranks = mesh[DATA] if mesh[DATA_REPLICATE].size() > 1 else mesh[DATA_SHARD]
     for path in blocks:
         fully_shard(module.get_submodule(path), mesh=ranks, mp_policy=policy)
     fully_shard(module, mesh=ranks, mp_policy=policy)
@@ -54,20 +83,9 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def box_of(tensor: Tensor) -> Box:
-    """Where this rank's part stands in the whole."""
+def _box_within(tensor: Tensor) -> Box:
+    """Where this rank's part stands in what a module holds."""
     if not isinstance(tensor, DTensor):
         return whole(tensor.shape)
     lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(zip(offsets, lengths, strict=True))
-
-
-def is_owner(tensor: Tensor, is_first: bool) -> bool:
-    """Whether this rank speaks for its part: of the ranks that hold the same part, the first one does. `is_first`
-    answers for plain tensors, which all ranks hold."""
-    if not isinstance(tensor, DTensor):
-        return is_first
-    place = tensor.device_mesh.get_coordinate()
-    assert place is not None
-    replicas = [where for where, how in zip(place, tensor.placements) if isinstance(how, Replicate)]
-    return not any(replicas) and all(length > 0 for _, length in box_of(tensor))

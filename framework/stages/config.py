@@ -171,8 +171,7 @@ class PpoRun(RunConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)  # of the actor
-    critic_optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)  # of actor and critic; ppo.critic_lr is the critic's own
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -194,7 +193,7 @@ class PpoRun(RunConfig):
             f"batch.size={self.batch.size} does not divide rollout.prompts x rollout.samples = {responses}; "
             f"choose {divisors}",
         )
-        self.batch.micro(self.cluster.workers)
+        self.batch.micro(self.parallel.data_size(self.cluster.workers))
         require(
             self.cluster.kind is ClusterKind.RAY or self.cluster.workers == 1,
             f"cluster.workers={self.cluster.workers} needs cluster=ray; in_process has one worker a role",
@@ -202,6 +201,11 @@ class PpoRun(RunConfig):
         require(
             not self.rollout.strict or (self.engine.precision is Precision.FP32 and not self.engine.compile),
             "rollout.strict=true needs engine.precision=fp32 and engine.compile=false; see law On-policy",
+        )
+        require(
+            not (self.rollout.strict and self.parallel.cuts_the_model and self.cluster.workers > 1),
+            f"rollout.strict=true needs whole rows and matrices, parallel={self.parallel.name} cuts them; choose "
+            "rollout.strict=false, or parallel=ddp or fsdp",
         )
 
     @property

@@ -36,6 +36,5 @@ def device_map(config: TrainingRun) -> Sequence[str]:
     world = config.cluster.workers
     if not isinstance(world, int):
         world = 1 if config.device == "cpu" or config.parallel.name == "single" else max(1, num_gpus())
-    config.parallel.check_world(world)
-    config.batch.micro(world)
+    config.batch.micro(config.parallel.data_size(world))
     return places(config.device, world)

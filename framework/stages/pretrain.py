@@ -26,7 +26,7 @@ def run(config: PretrainRun) -> Run:
     with open_job(config, {"init_from": config.init_from, "tokenizer": config.tokenizer}) as job:
         if job.finished:
             return job.result()
-        start = open_start(config)
+        start = open_start(config, job.runtime.world_size)
         rows = open_both(job, config, open_rows, start.tokenizer)
         figures = fit(job, config, start, rows, token_loss)
         if rows.valid is not None:

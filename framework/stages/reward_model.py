@@ -41,7 +41,7 @@ def run(config: RewardModelRun) -> Run:
     with open_job(config, {"init_from": config.init_from}) as job:
         if job.finished:
             return job.result()
-        start = open_start(config)
+        start = open_start(config, job.runtime.world_size)
         rows = open_both(job, config, open_rows, start.tokenizer)
         loss = partial(ranking_loss, center_coefficient=config.center_coefficient)
         figures = fit(job, config, start, rows, loss, num_classes=1, describe=score_scale)

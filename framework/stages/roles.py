@@ -18,7 +18,9 @@ from framework.core.records import PromptBatch, Rollout, Tokenizer
 from framework.core.signals import StopRequest
 from framework.data.hub import SCHEME
 from framework.data.loader import RowSource
+from framework.engine.plan import check
 from framework.generation.config import GenerationConfig, SamplingConfig
+from framework.models.hub import read_folder
 from framework.stages.config import PpoRun
 from framework.stages.extensions import absolute, load_same
 from framework.stages.job import Job, located
@@ -101,6 +103,9 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
     """Start the five groups, in this process or on Ray, and wait until all are up. They end with the block."""
     first = canary.rows(np.arange(min(_CANARIES, len(canary))))
     assert isinstance(first, PromptBatch)
+    actor, critic = engine_specs(config)
+    for spec in (actor, critic):
+        check(read_folder(spec.folder)[0], spec.parallel, spec.engine, config.cluster.workers)
     with open_cluster(
         config.cluster,
         dict.fromkeys(ROLES, config.cluster.workers),
@@ -109,7 +114,6 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
         deterministic=config.deterministic,
         prepare=partial(load_same, absolute(config.extensions), job.facts["extensions"]),
     ) as cluster:
-        actor, critic = engine_specs(config)
         frozen = replace(actor, optim=None)
         groups = {
             "actor": cluster.group("actor", Actor, spec=actor, ppo=config.ppo),
@@ -131,13 +135,14 @@ def engine_specs(config: PpoRun) -> tuple[EngineSpec, EngineSpec]:
         folder=config.init_from,
         parallel=config.parallel,
         engine=replace(config.engine, strict=config.engine.strict or config.rollout.strict),
-        micro_size=config.batch.micro(config.cluster.workers),
+        micro_size=config.batch.micro(config.parallel.data_size(config.cluster.workers)),
         optim=config.optim,
         total_steps=config.ppo.iterations * updates,
         temperature=config.rollout.temperature,
     )
     critic = config.reward_from or config.init_from
-    return actor, replace(actor, folder=critic, optim=config.critic_optim, temperature=1.0)
+    optim = replace(config.optim, lr=config.ppo.critic_lr or config.optim.lr)
+    return actor, replace(actor, folder=critic, optim=optim, temperature=1.0)
 
 
 def _reward(cluster: Cluster, config: PpoRun, spec: EngineSpec) -> Group:

@@ -14,6 +14,7 @@ from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
 from framework.engine.loop import train
+from framework.engine.plan import check
 from framework.engine.protocol import Engine
 from framework.engine.torch_engine import build_engine
 from framework.models.config import ModelConfig
@@ -47,8 +48,9 @@ class Rows:
     valid: RowSource | None
 
 
-def open_start(config: TrainingRun) -> Start:
-    """From a model folder, or from nothing with a tokenizer's vocabulary. Heads that a folder lacks are drawn."""
+def open_start(config: TrainingRun, world_size: int) -> Start:
+    """From a model folder, or from nothing with a tokenizer's vocabulary. Heads that a folder lacks are drawn. A model
+    that does not fit the layout on `world_size` ranks is refused."""
     tokenizer = load_tokenizer(config.init_from or config.tokenizer)
     if not config.init_from:
         model = replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
@@ -62,6 +64,7 @@ def open_start(config: TrainingRun) -> Start:
             f"the tokenizer of {config.init_from or config.tokenizer} has {tokenizer.vocab_size} tokens, the model's "
             f"embedding only {model.vocab_size}; take the tokenizer that belongs to the model"
         )
+    check(start.model, config.parallel, config.engine, world_size)
     return start
 
 
@@ -120,7 +123,7 @@ def fit(
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
     goes into the model's config.json."""
     total = config.train.total_steps(len(rows.train), config.batch.size)
-    data_size = job.runtime.world_size
+    data_size = config.parallel.data_size(job.runtime.world_size)
     engine = build_engine(
         start.model,
         runtime=job.runtime,

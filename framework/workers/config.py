@@ -62,6 +62,7 @@ class PpoConfig:
     kl_horizon: float = 10000.0  # responses, adaptive only
     stop_kl: float = 0.0  # end an iteration's update early past this mean approximate KL a token; 0 = never
     whiten_advantages: bool = True
+    critic_lr: float = 0.0  # 0 = optim.lr
     critic_warmup: int = 0  # iterations that train the critic alone
     entropy_coefficient: float = 0.0
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response that did not stop
@@ -75,6 +76,7 @@ class PpoConfig:
             require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must be in [0, 1]")
+        require(self.critic_lr >= 0, f"ppo.critic_lr={self.critic_lr} must not be negative; 0 = optim.lr")
 
 
 @dataclass(frozen=True)

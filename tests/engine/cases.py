@@ -15,13 +15,12 @@ from framework.models.init import random_weights
 from framework.objectives.language import next_token_loss
 from framework.objectives.preference import pairwise_ranking_loss
 from framework.optim.config import OptimConfig, Schedule
-from framework.parallel.config import ParallelConfig, Shard
-from framework.parallel.shard import full
+from framework.parallel.config import ParallelConfig
 
 VOCAB = 37  # divisible by nothing
 TIED = ModelConfig(vocab_size=VOCAB, hidden_size=24, num_layers=2, num_heads=3, num_kv_heads=1, attention_bias=True)
 UNTIED = ModelConfig(vocab_size=VOCAB, hidden_size=20, num_layers=1, num_heads=2, tied=False)
-SINGLE, FSDP, DDP = ParallelConfig(), ParallelConfig("fsdp", Shard.FULL), ParallelConfig("ddp", Shard.NONE)
+SINGLE, FSDP, DDP = ParallelConfig(), ParallelConfig("fsdp", shard=0), ParallelConfig("ddp")
 OPTIM = OptimConfig(lr=0.01, eps=1e-5, schedule=Schedule.COSINE, warmup=0.1, clip=1.0)
 WIDTH = 16
 
@@ -112,7 +111,7 @@ def value_loss(scores: Scores, rows: Rows, counts: Counts) -> tuple[Tensor, Metr
 
 def gradients(engine: TorchEngine) -> dict[str, Tensor]:
     """Every gradient, whole, as a copy. Collective."""
-    return {name: full(p.grad).clone() for name, p in engine.scorer.named_parameters() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in engine.gradients()}
 
 
 def weights(engine: TorchEngine) -> dict[str, Tensor]:

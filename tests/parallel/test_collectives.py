@@ -1,4 +1,4 @@
-"""Sums and gathers over ranks; and what a rank says that waits in vain."""
+"""Sums, gathers, exchanges and hops over ranks; and what a rank says that waits in vain."""
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ def test_a_process_alone_is_its_own_sum() -> None:
     assert (ranks.rank, ranks.size) == (0, 1)
     assert ranks.sum(x, "x") is x
     assert ranks.gather(x, "x").tolist() == [[3, 4]]
+    assert ranks.exchange(x[None], "x").tolist() == [[3, 4]]
+    assert ranks.pass_on(x, "x").wait().tolist() == [3, 4]
 
 
 def _sums(runtime: Runtime) -> tuple[object, ...]:
@@ -31,6 +33,22 @@ def test_sums_and_gathers_over_both_data_axes() -> None:
     table = [[0, 10], [1, 10], [2, 10], [3, 10]]
     expected = [(rank, 4, [6, 40], table, [rank, 10], (143, 0)) for rank in range(4)]
     assert run_ranks(_sums, 4) == expected
+
+
+def _moves(runtime: Runtime) -> tuple[object, ...]:
+    ranks = Ranks(init_device_mesh("cpu", (2, 2), mesh_dim_names=DATA), (DATA[1],))
+    mine = torch.tensor([[runtime.rank, 0], [runtime.rank, 1]])
+    first, second = ranks.pass_on(mine, "x"), ranks.pass_on(mine.T + 10, "x")  # both under way at once
+    return ranks.exchange(mine, "x").tolist(), first.wait().tolist(), second.wait().tolist()
+
+
+def test_exchanges_and_hops_stay_within_their_axis() -> None:
+    other = [1, 0, 3, 2]
+    pairs = [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert run_ranks(_moves, 4) == [
+        ([[a, rank % 2], [b, rank % 2]], [[its, 0], [its, 1]], [[its + 10, its + 10], [10, 11]])
+        for rank, ((a, b), its) in enumerate(zip(pairs, other))
+    ]
 
 
 def _one_stays_away(runtime: Runtime) -> str:

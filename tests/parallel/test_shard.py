@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed.fsdp  # imported once, before the ranks are forked
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from framework.core.records import whole
 from framework.core.runtime import Runtime
-from framework.parallel.apply import apply
-from framework.parallel.mesh import DATA
-from framework.parallel.shard import box_of, full, is_owner, local, reshard
+from framework.parallel.apply import Plan, apply
+from framework.parallel.config import ParallelConfig
+from framework.parallel.mesh import Mesh, build_mesh
+from framework.parallel.shard import Part, full, local, reshard
 from tests.distributed import run_ranks
 
 
@@ -34,22 +34,21 @@ def values(name: str, shape: torch.Size) -> Tensor:
     return torch.arange(shape.numel(), dtype=torch.float64).view(shape) / 10 + len(name)
 
 
-def tower(mesh: Any, compute: torch.dtype = torch.float64) -> Tower:
+def tower(mesh: Mesh, compute: torch.dtype = torch.float64) -> tuple[Tower, dict[str, Part]]:
     with torch.device("meta"):
         module = Tower().double()
-    apply(module, ["blocks.0", "blocks.1"], mesh, compile=False, compute=compute)
+    parts = apply(module, Plan(["blocks.0", "blocks.1"]), mesh, compute=compute)
     module.to_empty(device="cpu")
     for name, parameter in module.named_parameters():
-        index = tuple(slice(start, start + length) for start, length in box_of(parameter))
+        index = tuple(slice(start, start + length) for start, length in parts[name].box_of(parameter))
         local(parameter).copy_(values(name, parameter.shape)[index])
-    return module
+    return module, parts
 
 
-def _lay_out(runtime: Runtime, shape: tuple[int, int]) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=DATA)
-    module, alone = tower(mesh), tower(None)
+def _lay_out(runtime: Runtime, shard: int) -> dict[str, Any]:
+    (module, parts), (alone, _) = tower(build_mesh(ParallelConfig("some", shard=shard), runtime)), tower(Mesh())
     x = torch.full((2, 3), 0.1 * (runtime.rank + 1), dtype=torch.float64)
-    boxes = {n: (box_of(p), is_owner(p, runtime.rank == 0)) for n, p in module.named_parameters()}
+    boxes = {n: (parts[n].box_of(p), parts[n].is_owner(p)) for n, p in module.named_parameters()}
     equal = all(torch.equal(full(p), values(n, p.shape)) for n, p in module.named_parameters())
     with torch.no_grad():
         module(x)
@@ -64,7 +63,7 @@ def _lay_out(runtime: Runtime, shape: tuple[int, int]) -> dict[str, Any]:
     return {"boxes": boxes, "equal": equal, "held": held, "back": back, "close": close}
 
 
-@pytest.fixture(scope="module", params=[(1, 4), (2, 2), (4, 1)], ids=["fsdp", "hsdp", "replicated"])
+@pytest.fixture(scope="module", params=[4, 2, 1], ids=["fsdp", "hsdp", "replicated"])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(_lay_out, 4, request.param)
 
@@ -90,9 +89,10 @@ def test_gathered_parameters_are_dropped_again(ranks: list[dict[str, Any]]) -> N
     assert all(rank["held"] and rank["back"] for rank in ranks)
 
 
-def test_a_plain_tensor_is_whole_and_the_first_rank_s() -> None:
+def test_a_plain_tensor_is_where_the_cut_left_it_and_its_speaker_s() -> None:
     x = torch.ones(2, 3)
-    assert box_of(x) == whole(x.shape)
-    assert (is_owner(x, True), is_owner(x, False)) == (True, False)
+    assert Part((2, 3), whole(x.shape)).box_of(x) == whole(x.shape)
+    assert Part((4, 3), ((2, 2), (0, 3))).box_of(x) == ((2, 2), (0, 3))
+    assert [Part((2, 3), whole(x.shape), speaks=speaks).is_owner(x) for speaks in (True, False)] == [True, False]
     assert full(x) is not None
     assert local(x).data_ptr() == x.data_ptr()

@@ -19,13 +19,13 @@ from framework.cluster.group import Group, LocalGroup
 from framework.cluster.session import open_cluster
 from framework.core.records import Rollout
 from framework.models.hub import load
-from framework.parallel.config import ParallelConfig, Shard
+from framework.parallel.config import ParallelConfig
 from framework.workers.actor import Actor
 from framework.workers.critic import Critic
 from framework.workers.generator import Generator
 from framework.workers.publish import publish
 
-FSDP = ParallelConfig("fsdp", Shard.FULL)
+FSDP = ParallelConfig("fsdp", shard=0)
 CLUSTER = ClusterConfig(kind=ClusterKind.RAY, workers=2, deadline_s=120.0)
 
 

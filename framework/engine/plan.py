@@ -1,0 +1,175 @@
+"""Where model and parallelism meet: which style each part of a Scorer gets, and which parts a pipeline stage holds.
+
+The one page that knows both the names of the model's modules and the styles of `parallel/`. A layout that a model does
+not fit is refused here by name, before anything is built.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from framework.core.config import require
+from framework.engine.config import EngineConfig
+from framework.engine.flops import multiplied_weights
+from framework.engine.holdings import Stage
+from framework.engine.precision import COMPUTE
+from framework.models.config import ModelConfig
+from framework.models.layers import Linear
+from framework.models.scorer import Scorer
+from framework.parallel import tensor
+from framework.parallel.apply import Plan, apply
+from framework.parallel.config import ContextForm, ParallelConfig
+from framework.parallel.context import Cut, ExchangeCore, WholeIds
+from framework.parallel.heads import check_heads
+from framework.parallel.mesh import Mesh
+from framework.parallel.pipeline import partition
+from framework.parallel.ring import RingCore
+from framework.parallel.sequence import CutRows
+
+
+def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, world_size: int) -> None:
+    """Refuse a layout that the model, or strict mode, does not fit."""
+    sizes = parallel.sizes(world_size)
+    for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
+        require(
+            size % sizes["tensor"] == 0,
+            f"model.{key}={size} is not divisible by parallel.tensor={sizes['tensor']}; choose {_divisors(size)}",
+        )
+    if sizes["context"] > 1 and parallel.context_form is ContextForm.EXCHANGE:
+        check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])
+    stages = sizes["pipeline"] * parallel.stages_per_rank
+    require(
+        sizes["pipeline"] == 1 or stages <= model.num_layers,
+        f"model.num_layers={model.num_layers} cannot be cut into {stages} pipeline stages (parallel.pipeline="
+        f"{sizes['pipeline']}, parallel.schedule={parallel.schedule.value}); choose at most "
+        f"parallel.pipeline={model.num_layers // parallel.stages_per_rank}",
+    )
+    require(
+        not (engine.strict and parallel.cuts_the_model and world_size > 1),
+        f"engine.strict=true needs whole rows and matrices, parallel={parallel.name} cuts them; choose parallel=fsdp "
+        "or ddp, or rollout.strict=false",
+    )
+
+
+def stages_of(model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> list[tuple[int, range]]:
+    """(stage, its layers) of each stage that this rank holds. Stages cost what their weights multiply."""
+    size = mesh.size("pipeline")
+    if size == 1:
+        return [(0, range(model.num_layers))]
+    layers, head = multiplied_weights(model)
+    stages = size * parallel.stages_per_rank
+    spans = partition([layers / model.num_layers] * model.num_layers, (0.0, head), stages)
+    mine = range(mesh.place("pipeline"), stages, size)
+    return [(stage, spans[stage]) for stage in mine]
+
+
+def lay_out(
+    scorer: Scorer, number: int, layers: range, parallel: ParallelConfig, mesh: Mesh, config: EngineConfig
+) -> Stage:
+    """Make a whole `scorer` the stage that holds `layers`, in place; it stays on the meta device.
+
+    A tied embedding that ends a pipeline as well as it begins it stands at both ends, a head there, and their gradients
+    are added up.
+    """
+    model, aliases = scorer.model, {}
+    scorer.ends = layers.stop == model.config.num_layers
+    if twice := model.config.tied and scorer.scores_labels and mesh.size("pipeline") > 1:
+        aliases = {"model.head.weight": "embedding.weight"} if scorer.ends else {}
+        like = model.output_weight
+        with torch.device("meta"):
+            model.head = Linear(like.shape[1], like.shape[0], bias=False).to(like.dtype)
+        model.head.requires_grad_(like.requires_grad)
+    parts = apply(
+        scorer,
+        plan(scorer, layers, parallel, mesh),
+        mesh,
+        compile=config.compile,
+        compute=COMPUTE[config.precision],
+        again=parallel.recompute,
+    )
+    if twice:
+        for name in {"model.embedding.weight", "model.head.weight"} & parts.keys():
+            first = name.endswith("embedding.weight")
+            parts[name] = replace(parts[name], speaks=parts[name].speaks and first, summed_over="pipeline")
+    return Stage(number, scorer, parts, aliases)
+
+
+def plan(scorer: Scorer, layers: range, parallel: ParallelConfig, mesh: Mesh) -> Plan:
+    """The plan of the stage that holds `layers` of a whole `scorer`, which must not have been cut yet."""
+    config = scorer.model.config
+    first, last = layers.start == 0, layers.stop == config.num_layers
+    return Plan(
+        blocks=[f"model.layers.{i}" for i in layers],
+        styles=_styles(scorer, layers, first, last) if mesh.size("tensor") > 1 else {},
+        exchanged=_exchanged(scorer, layers, last, parallel, mesh),
+        dropped=_dropped(scorer, layers, first, last),
+    )
+
+
+def _dropped(scorer: Scorer, layers: range, first: bool, last: bool) -> list[str]:
+    """What other stages hold. Absent parts stay absent."""
+    names = [f"model.layers.{i}" for i in range(scorer.model.config.num_layers) if i not in layers]
+    names += [] if first else ["model.embedding", "model.position_embedding"]
+    return names + ([] if last else ["model.norm", "model.head", "value_head", "class_head"])
+
+
+def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str, tensor.Style]:
+    styles: dict[str, tensor.Style] = {}
+    for layer in (f"model.layers.{i}" for i in layers):
+        styles |= {f"{layer}.{name}": style for name, style in _LAYER.items()}
+    if first:
+        styles |= {"model.embedding": tensor.vocabulary, "model.position_embedding": tensor.own_places}
+    if last:
+        whole = tensor.ends_whole if scorer.scores_labels else tensor.ends_whole_for_all
+        styles |= {"model.norm": tensor.places, "model.head": tensor.columns, "model": whole}
+    return {path: style for path, style in styles.items() if _find(scorer, path) is not None}
+
+
+_LAYER: dict[str, tensor.Style] = {
+    "attention_norm": tensor.places,
+    "attention": tensor.all_places,
+    "attention.q": tensor.columns,
+    "attention.k": tensor.columns,
+    "attention.v": tensor.columns,
+    "attention.o": tensor.rows,
+    "mlp_norm": tensor.places,
+    "mlp": tensor.all_places,
+    "mlp.gate": tensor.columns,
+    "mlp.up": tensor.columns,
+    "mlp.down": tensor.rows,
+}
+
+
+def _exchanged(
+    scorer: Scorer, layers: range, last: bool, parallel: ParallelConfig, mesh: Mesh
+) -> dict[str, Callable[[], nn.Module]]:
+    """Parameterless parts that work over ranks."""
+    tensors, contexts = mesh.ranks("tensor"), mesh.ranks("context")
+    parts: dict[str, Callable[[], nn.Module]] = {}
+    if tensors.size > 1 and last and scorer.scores_labels:
+        vocab = scorer.model.config.vocab_size
+        parts["log_probs"] = partial(tensor.VocabularyLogProbs, scorer.log_probs.temperature, vocab, tensors)
+    if tensors.size * contexts.size == 1:
+        return parts
+    cutter = Cut(contexts)
+    parts["sequence"] = partial(CutRows, tensors.size * 2 * contexts.size, cutter)
+    if contexts.size > 1:
+        core = RingCore if parallel.context_form is ContextForm.RING else ExchangeCore
+        parts["model.mask"] = partial(WholeIds, cutter)
+        parts |= {f"model.layers.{i}.attention.core": partial(core, cutter) for i in layers}
+    return parts
+
+
+def _find(scorer: Scorer, path: str) -> nn.Module | None:
+    """The module at `path`, None where the model has none there."""
+    part: nn.Module | None = scorer
+    for leaf in path.split("."):
+        part = None if part is None else part._modules.get(leaf)
+    return part
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -1,0 +1,38 @@
+"""Activations that backward computes again instead of keeping (Chen et al. 2016; Korthikanti et al. 2022).
+
+full        a block keeps its input alone: one more forward, the least memory
+selective   a block keeps what its matrix products gave and computes the rest again: norms, activations, rotations
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from framework.parallel.config import Recompute
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def recompute(block: nn.Module, how: Recompute) -> None:
+    """Let backward compute `block` again, in place. Nothing in a block draws random numbers, so none are restored."""
+    if how is Recompute.NONE:
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if how is Recompute.SELECTIVE:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+    block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,161 @@
+"""Tensor parallelism with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022), as styles of modules.
+
+Between the matrices of a block the places of a row are shared out over the tensor ranks; a block's first matrices are
+cut by columns and its last one by rows, so that each block costs one gathering and one scattered sum of [B,T,D], either
+way. A style cuts a module's parameters and says where its part stands (`Part`); it knows no model class. Cuts need not
+be even. Left out: which module gets which style (the plan, beside the model's names).
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from framework.core.records import whole
+from framework.parallel.collectives import Ranks
+from framework.parallel.movements import gather_alike, gather_places, scatter_places, sum_over
+from framework.parallel.shard import Part
+
+Parts = dict[str, Part]  # by the name of a parameter within its module
+Style = Callable[[nn.Module, Ranks], Parts]
+_TENSOR = "tensor"
+_CHUNK_LOGITS = 1 << 25  # logits held at once, 128 MiB in fp32
+
+
+def span(size: int, ranks: Ranks) -> tuple[int, int]:
+    """(offset, length) of this rank's part of `size` things, as even as can be."""
+    first, end = (size * place // ranks.size for place in (ranks.rank, ranks.rank + 1))
+    return first, end - first
+
+
+# --- styles ------------------------------------------------------------------------------------------------------
+
+
+def columns(module: nn.Module, ranks: Ranks) -> Parts:
+    """A linear map whose outputs are shared out: all of [B,T,D] in, this rank's columns out."""
+    return _cut(module, ranks, {"weight": 0, "bias": 0})
+
+
+def rows(module: nn.Module, ranks: Ranks) -> Parts:
+    """A linear map whose inputs are shared out: this rank's columns in, its places of the sum out. The bias is added
+    once, there, and so learns from these places alone."""
+    assert isinstance(module, nn.Linear)
+    parts = _cut(module, ranks, {"weight": 1})
+
+    def forward(x: Tensor) -> Tensor:
+        y = scatter_places(F.linear(x, module.weight), ranks)
+        return y if module.bias is None else y + module.bias
+
+    _exchange_forward(module, forward)
+    return parts if module.bias is None else parts | {"bias": _partial(module, "bias", ranks)}
+
+
+def vocabulary(module: nn.Module, ranks: Ranks) -> Parts:
+    """An embedding whose rows are shared out: ids in, this rank's places of hidden states out."""
+    assert isinstance(module, nn.Embedding)
+    first, length = span(module.num_embeddings, ranks)
+    parts = _cut(module, ranks, {"weight": 0})
+
+    def forward(ids: Tensor) -> Tensor:
+        mine = ids - first
+        outside = (mine < 0) | (mine >= length)
+        found = F.embedding(mine.masked_fill(outside, 0), module.weight)
+        return scatter_places(found.masked_fill(outside.unsqueeze(-1), 0), ranks)
+
+    _exchange_forward(module, forward)
+    return parts
+
+
+def places(module: nn.Module, ranks: Ranks) -> Parts:
+    """A module that meets this rank's places alone (a norm): whole, its gradients are sums over the tensor ranks."""
+    return {name: _partial(module, name, ranks) for name, _ in module.named_parameters(recurse=False)}
+
+
+def own_places(module: nn.Module, ranks: Ranks) -> Parts:
+    """A module that gives all places, of which this rank goes on with its own (an embedding of positions)."""
+    module.register_forward_hook(lambda module, inputs, y: y.chunk(ranks.size, dim=1)[ranks.rank])
+    return places(module, ranks)
+
+
+def all_places(module: nn.Module, ranks: Ranks) -> Parts:
+    """A block that needs all places of its first input. Its own parameters are its parts' business."""
+    module.register_forward_pre_hook(lambda module, inputs: (gather_places(inputs[0], ranks), *inputs[1:]))
+    return {}
+
+
+def ends_whole(module: nn.Module, ranks: Ranks) -> Parts:
+    """A module whose output's places are gathered for something that is cut over the tensor ranks as well."""
+    module.register_forward_hook(lambda module, inputs, y: gather_places(y, ranks))
+    return {}
+
+
+def ends_whole_for_all(module: nn.Module, ranks: Ranks) -> Parts:
+    """A module whose output's places are gathered for something that every tensor rank does as a whole."""
+    module.register_forward_hook(lambda module, inputs, y: gather_alike(y, ranks))
+    return {}
+
+
+class VocabularyLogProbs(nn.Module):
+    """Log-probs of labels where each tensor rank holds some rows of the head: the logits are never gathered, three
+    numbers a label are summed. Takes the place of a module of the same signature."""
+
+    def __init__(self, temperature: float, vocab_size: int, ranks: Ranks):
+        super().__init__()
+        self.temperature, self.ranks = temperature, ranks
+        self.first, self.length = span(vocab_size, ranks)
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden[M,D], weight[v,D] of this rank, labels[M] -> (log_probs[M], entropy[M] or None), in at least fp32."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden, weight = hidden.to(wide), weight.to(wide)
+        chunk = max(8, _CHUNK_LOGITS // len(weight))
+        parts = [
+            self._score(h, weight, t, with_entropy)
+            if len(hidden) <= chunk
+            else checkpoint(self._score, h, weight, t, with_entropy, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        ]
+        entropy = torch.cat([entropy for _, entropy in parts]) if with_entropy else None
+        return torch.cat([log_probs for log_probs, _ in parts]), entropy
+
+    def _score(self, hidden: Tensor, weight: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight) / self.temperature
+        logits = logits - self.ranks.largest(logits.detach().amax(1, keepdim=True), "the logits")
+        mine = labels - self.first
+        outside = (mine < 0) | (mine >= self.length)
+        label = logits.gather(1, mine.masked_fill(outside, 0).unsqueeze(1)).squeeze(1).masked_fill(outside, 0)
+        weights = logits.exp()
+        expected = (weights * logits).sum(1) if with_entropy else torch.zeros_like(label)
+        label, total, expected = sum_over(torch.stack([label, weights.sum(1), expected]), self.ranks).unbind()
+        return label - total.log(), total.log() - expected / total
+
+
+def _exchange_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    module.forward = forward
+
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+
+def _cut(module: nn.Module, ranks: Ranks, dims: Mapping[str, int]) -> Parts:
+    """Leave this rank's part of each named parameter, cut along its dimension."""
+    parts = {}
+    for name, dim in dims.items():
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            continue
+        box = list(whole(parameter.shape))
+        box[dim] = span(parameter.shape[dim], ranks)
+        part = torch.empty([length for _, length in box], dtype=parameter.dtype, device=parameter.device)
+        module._parameters[name] = nn.Parameter(part, parameter.requires_grad)
+        parts[name] = Part(tuple(parameter.shape), tuple(box))
+    return parts
+
+
+def _partial(module: nn.Module, name: str, ranks: Ranks) -> Part:
+    parameter = module.get_parameter(name)
+    return Part(tuple(parameter.shape), whole(parameter.shape), speaks=ranks.rank == 0, summed_over=_TENSOR)
