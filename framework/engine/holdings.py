@@ -39,13 +39,16 @@ class Stage:
 
 
 class Holdings:
-    """`parameters` are this rank's, by logical name; `shapes` those of all whole parameters, in the model's order."""
+    """`parameters` are this rank's, by logical name, and for the part of those `owned` it speaks; `shapes` are those of
+    all whole parameters, in the model's order."""
 
     def __init__(self, stages: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]], mesh: Mesh):
         held = [entry for stage in stages for entry in stage.named()]
         self.shapes = dict(shapes)
         self.parameters = {name: parameter for name, parameter, _ in held}
         self._parts = {name: part for name, _, part in held}
+        self._boxes = {name: part.box_of(parameter) for name, parameter, part in held}
+        self.owned = [name for name, parameter, part in held if part.is_owner(parameter)]
         self._everyone = mesh.ranks(*AXES)
         self._sums = {"tensor": mesh.ranks("tensor"), "pipeline": mesh.pipeline_ends()}
         self._cut = any(mesh.size(axis) > 1 for axis in ("tensor", "pipeline"))
@@ -56,11 +59,7 @@ class Holdings:
 
     def box(self, name: str) -> Box:
         """Where this rank's part stands in the whole."""
-        return self._parts[name].box_of(self.parameters[name])
-
-    def owned(self) -> list[str]:
-        """The parameters for whose part this rank speaks."""
-        return [name for name, parameter in self.parameters.items() if self._parts[name].is_owner(parameter)]
+        return self._boxes[name]
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of each gradient; zero where no loss has reached. Collective: some parameters meet a share
@@ -81,7 +80,7 @@ class Holdings:
             return mine
         some = next(iter(self.parameters.values()))
         total = torch.zeros(self.shapes[name], dtype=some.dtype, device=some.device)
-        if mine is not None and name in self.owned():
+        if mine is not None and name in self.owned:
             total[tuple(slice(offset, offset + length) for offset, length in self.box(name))] = mine
         return self._everyone.sum(total.view(_BITS[total.dtype]), f"the parts of {name}").view(total.dtype)
 
@@ -98,7 +97,7 @@ class Holdings:
 
     def fingerprints(self) -> dict[str, int]:
         """The hash of this rank's part of every parameter; over ranks they add up modulo 2**64."""
-        return {n: tensor_hash(local(self.parameters[n]), self.box(n), self.shapes[n]) for n in self.owned()}
+        return {n: tensor_hash(local(self.parameters[n]), self.box(n), self.shapes[n]) for n in self.owned}
 
     def digest(self) -> str:
         """16 hex digits that name the bits of all parameters, however they are laid out. Collective."""

@@ -7,6 +7,7 @@ not fit is refused here by name, before anything is built.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import gcd
 
 import torch
 from torch import nn
@@ -36,7 +37,8 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
     for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
         require(
             size % sizes["tensor"] == 0,
-            f"model.{key}={size} is not divisible by parallel.tensor={sizes['tensor']}; choose {_divisors(size)}",
+            f"model.{key}={size} is not divisible by parallel.tensor={sizes['tensor']}; "
+            f"choose {_divisors(gcd(model.num_heads, model.kv_heads))}",
         )
     if sizes["context"] > 1 and parallel.context_form is ContextForm.EXCHANGE:
         check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])

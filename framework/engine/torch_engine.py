@@ -181,7 +181,7 @@ class TorchEngine:
     def _summed(self, gradients: dict[str, Tensor]) -> tuple[float, float, Work]:
         """(gradient norm, loss, work) over all ranks in one collective. Squares add up in fp64, so that the norm does
         not depend on how the parameters are cut."""
-        mine = [gradients[name] for name in self.holdings.owned()]
+        mine = [gradients[name] for name in self.holdings.owned]
         loss = self._passes.loss
         norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(loss)]
         work = torch.tensor(astuple(self._work), dtype=torch.float64, device=self.device)
@@ -225,7 +225,7 @@ class TorchEngine:
 
     def shards(self) -> Iterator[tuple[str, Box, Tensor]]:
         """See `protocol.Engine`."""
-        owned = self.holdings.owned()
+        owned = self.holdings.owned
         for name in owned:
             yield f"model/{name}", self.holdings.box(name), local(self.holdings.parameters[name])
         if self.optimizer is None:
