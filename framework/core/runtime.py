@@ -70,6 +70,12 @@ def start(
     return Runtime(rank, world_size, local_rank, place, exact)
 
 
+def ensure_group(device: torch.device) -> None:
+    """A process group of this process alone, where it belongs to none: some libraries do not work without."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     global _store
@@ -198,8 +204,11 @@ def num_threads(count: int) -> Iterator[None]:
 
 def _join(rank: int, world_size: int, address: str | None, device: torch.device, deadline_s: float) -> None:
     global _store
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=deadline_s)
     meeting = dist.rendezvous(f"tcp://{address}" if address else "env://", rank, world_size, timeout=timeout)
     _store, rank, world_size = next(meeting)
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(_backend(device), store=_store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

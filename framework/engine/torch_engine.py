@@ -38,7 +38,7 @@ from framework.parallel.shard import local, reshard
 _COUNTERS: Box = ((0, 3),)  # optim/steps: steps taken, updates made, steps skipped in a row
 
 
-def build_engine(
+def build_torch_engine(
     model: ModelConfig,
     *,
     runtime: Runtime,
@@ -76,7 +76,7 @@ def build_engine(
 
 
 class TorchEngine:
-    """See `protocol.Engine`; `build_engine` makes one."""
+    """See `protocol.Engine`; `build_torch_engine` makes one."""
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """How a model is laid out over ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from math import prod
 
 from framework.core.config import Choice, require
@@ -34,7 +35,7 @@ AXES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")  # oute
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`parallel=single|ddp|fsdp|hsdp|tp|fsdp_tp|cp|pp|3d`; data ranks are what the other axes leave of the world.
+    """`parallel=single|ddp|fsdp|tp|…`; data ranks are what the other axes leave of the world.
 
     0 means "all there are": `shard` of the data ranks, one of `tensor`, `context` and `pipeline` of the whole world.
     """
@@ -47,6 +48,8 @@ class ParallelConfig:
     pipeline: int = 1  # ranks that share the layers
     schedule: Schedule = Schedule.ONE_F_ONE_B
     recompute: Recompute = Recompute.NONE
+    zero: int = 0  # DeepSpeed: 1 shares out the optimizer's states, 2 gradients too, 3 parameters too; 0 = plain torch
+    offload: bool = False  # zero=3: the optimizer's states and the parameters wait in CPU memory
 
     def __post_init__(self) -> None:
         for axis in ("shard", "tensor", "context", "pipeline"):
@@ -54,6 +57,22 @@ class ParallelConfig:
             require(size >= 0, f"parallel.{axis}={size} must be a number of ranks; 0 = all there are")
         open_axes = [f"parallel.{axis}=0" for axis, size in self._model_axes().items() if size == 0]
         require(len(open_axes) < 2, f"{' and '.join(open_axes)} cannot both be all there are; name one of them")
+        self._check_zero()
+
+    def _check_zero(self) -> None:
+        """DeepSpeed serves the data axis alone."""
+        require(self.zero in (0, 1, 2, 3), f"parallel.zero={self.zero}: choose 1, 2 or 3; 0 = without DeepSpeed")
+        require(
+            self.zero == 3 or not self.offload,
+            f"parallel.offload=true needs parallel.zero=3, not {self.zero}: choose parallel=zero3_offload",
+        )
+        for axis in fields(self):
+            given = getattr(self, axis.name)
+            require(
+                self.zero == 0 or axis.name in ("name", "zero", "offload") or given == axis.default,
+                f"parallel.zero={self.zero} does not go with parallel.{axis.name}={given}: DeepSpeed serves the data "
+                "ranks alone; leave one of them out",
+            )
 
     @property
     def stages_per_rank(self) -> int:
@@ -71,6 +90,8 @@ class ParallelConfig:
             world_size == 1 or self.name != "single",
             f"parallel=single runs on one process, the world has {world_size}; choose parallel=fsdp or ddp",
         )
+        if self.zero:
+            require_deepspeed()
         given = self._model_axes()
         named = prod(size for size in given.values() if size)
         words = ", ".join(f"parallel.{axis}={size}" for axis, size in given.items() if size != 1)
@@ -104,3 +125,16 @@ class ParallelConfig:
 
 def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def require_deepspeed() -> None:
+    """Refuse ZeRO where DeepSpeed is not installed; nothing is imported."""
+    try:
+        found = find_spec("deepspeed") is not None
+    except (ImportError, ValueError):
+        found = False
+    require(
+        found,
+        'ZeRO needs DeepSpeed, which is not installed: pip install "framework[deepspeed]", or take parallel=fsdp, '
+        "which shares out the same without it",
+    )

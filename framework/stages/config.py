@@ -122,6 +122,7 @@ class TrainingRun(RunConfig):
         super().__post_init__()
         require(bool(self.data.train), "data.train is empty; name files or folders: data.train=[a.jsonl]")
         self.batch.micro(1)
+        _refuse_compiled(self.engine, self.parallel)
 
     @property
     def names(self) -> list[tuple[str, str, str]]:
@@ -194,6 +195,7 @@ class PpoRun(RunConfig):
             f"choose {divisors}",
         )
         self.batch.micro(self.parallel.data_size(self.cluster.workers))
+        _refuse_compiled(self.engine, self.parallel)
         require(
             self.cluster.kind is ClusterKind.RAY or self.cluster.workers == 1,
             f"cluster.workers={self.cluster.workers} needs cluster=ray; in_process has one worker a role",
@@ -259,6 +261,14 @@ STAGES: dict[str, type[RunConfig]] = {
     "evaluate": EvaluateRun,
     "pipeline": PipelineRun,
 }
+
+
+def _refuse_compiled(engine: EngineConfig, parallel: ParallelConfig) -> None:
+    require(
+        not (engine.compile and parallel.zero == 3),
+        f"engine.compile=true does not go with parallel={parallel.name}: DeepSpeed gathers the parameters of ZeRO-3 "
+        "between a model's modules; choose parallel=zero2 or fsdp",
+    )
 
 
 def _format(data: DataConfig) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ _PACKAGES = {
     "datasets": 'data.train=[hub:OWNER/NAME]; pip install "framework[hub]"',
     "py3langid": 'languages in `data stats`; pip install "framework[curation]"',
     "hydra-submitit-launcher": 'hydra/launcher=submitit_slurm; pip install "framework[submitit]"',
-    "deepspeed": "ZeRO engines; nothing else needs it",
+    "deepspeed": 'parallel=zero1, zero2, zero3, zero3_offload; pip install "framework[deepspeed]"',
     "vllm": "faster rollouts on GPUs; the native generator works without",
     "flash-attn": "faster attention on GPUs; torch's own is used without",
 }

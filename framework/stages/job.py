@@ -18,7 +18,7 @@ from framework.core.runtime import Runtime, agreed, apart, heed, start
 from framework.core.signals import StopRequest, stop_request
 from framework.data.config import DataConfig
 from framework.data.sources import described, open_sources
-from framework.stages.config import NOT_IN_HASH, RunConfig, TrainingRun
+from framework.stages.config import NOT_IN_HASH, PpoRun, RunConfig, TrainingRun
 from framework.stages.extensions import load_extensions
 from framework.stages.plan import plain
 from framework.tasks.task import get as get_task
@@ -115,6 +115,8 @@ def open_job(
     place = start(config.device, config.threads, config.deterministic)
     if isinstance(config, TrainingRun):
         config.parallel.check_world(place.world_size)
+    if isinstance(config, PpoRun):
+        config.parallel.check_world(config.cluster.workers)
     whole = plain(config) | dict(recipe or {}) | _named_code(config, extensions)
     members = whole.get("members", {})
     inner = [key for key in NOT_IN_HASH if key not in LENGTHS]  # a longer member makes another pipeline

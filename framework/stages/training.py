@@ -13,10 +13,10 @@ from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
+from framework.engine.build import build_engine
 from framework.engine.loop import train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
-from framework.engine.torch_engine import build_engine
 from framework.models.config import ModelConfig
 from framework.models.hub import read_folder, save_weights
 from framework.models.init import random_weights

@@ -13,8 +13,8 @@ from framework.checkpoint.format import PartReader, write_part
 from framework.cluster.marks import every, same
 from framework.core.records import Box, ReadBox
 from framework.core.runtime import Runtime
+from framework.engine.build import build_engine
 from framework.engine.protocol import Engine
-from framework.engine.torch_engine import build_engine
 from framework.models.hub import read_folder, save_weights
 from framework.workers.config import EngineSpec
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from framework.core.records import Counts, Metrics, PreferenceBatch, Rollout, Rows, Scores, TokenBatch
 from framework.core.runtime import Runtime
+from framework.engine.build import build_engine
 from framework.engine.config import EngineConfig
-from framework.engine.torch_engine import TorchEngine, build_engine
+from framework.engine.torch_engine import TorchEngine
 from framework.models.config import ModelConfig
 from framework.models.init import random_weights
 from framework.objectives.language import next_token_loss

@@ -26,7 +26,7 @@ from framework.core.runtime import Runtime
 from framework.engine.config import EngineConfig, Precision
 from framework.engine.metrics import means
 from framework.engine.plan import check
-from framework.engine.torch_engine import TorchEngine, build_engine
+from framework.engine.torch_engine import TorchEngine, build_torch_engine
 from framework.models.config import Activation, ModelConfig
 from framework.models.init import random_weights
 from framework.optim.config import OptimConfig, Schedule
@@ -227,7 +227,7 @@ class Found:
 
 
 def engine_of(layout: Layout, runtime: Runtime, update: Update, precision: Precision) -> TorchEngine:
-    return build_engine(
+    return build_torch_engine(
         MODEL,
         runtime=runtime,
         parallel=layout.parallel,
