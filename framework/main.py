@@ -35,9 +35,13 @@ TOOLS = {
         "RUN RUN: what differs: recipe, origin, figures, curves, and from which step on the weights",
     ),
     "report": ("watch", "RUN: write report.html again from what lies in the run folder"),
-    "doctor": ("doctor", "what this installation can do, and what is missing"),
+    "slurm": ("slurm", "STAGE WORDS...: the stage on all nodes of this Slurm job; sbatch launch/slurm calls it"),
+    "doctor": (
+        "doctor",
+        "what this installation can do, and what is missing; cluster.workers=N: whether so many ranks are fit",
+    ),
 }
-_COMPOSING = ("explain", "data")  # tools that take the words of a stage
+_COMPOSING = ("explain", "data", "slurm")  # tools that take the words of a stage
 _SWEEP_WORDS = ("-m", "--multirun")
 
 

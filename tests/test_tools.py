@@ -1,5 +1,6 @@
 """The tools as a user types them: generate, chat, status, report, doctor."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -45,3 +46,12 @@ def test_doctor_names_what_is_there_and_what_is_missing(root: Path) -> None:
     told = framework("doctor", cwd=root).stdout
     for word in ("torch", "device", "gloo", "rms_norm: reference"):
         assert word in told
+
+
+def test_doctor_examines_ranks_of_this_machine(root: Path) -> None:
+    lines = framework("doctor", "cluster.workers=2", "device=cpu", cwd=root).stdout.splitlines()
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert re.fullmatch(
+            rf"node \S+ \(rank {rank}\) on cpu: matmul [\d.]+ ms, all-reduce on the node [\d.]+ ms", line
+        )

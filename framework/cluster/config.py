@@ -17,11 +17,13 @@ class RanksConfig:
     """How many processes of this machine train together. torchrun's world, where there is one, stands instead."""
 
     workers: int | str = "auto"  # auto = one a GPU that torch sees; one on a CPU and under parallel=single
+    start_deadline_s: float = 180.0  # until all nodes of a Slurm job must have come
 
     def __post_init__(self) -> None:
         asked = self.workers
         known = asked == "auto" if isinstance(asked, str) else asked >= 1
         require(known, f"cluster.workers={asked}: choose auto, or a number of processes from 1 on")
+        require(self.start_deadline_s > 0, "cluster deadlines must be positive")
 
 
 @dataclass(frozen=True)

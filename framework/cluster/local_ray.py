@@ -30,9 +30,9 @@ _KNOCK_S = 10.0
 @contextlib.contextmanager
 def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own. `cpus` are logical: how many the workers claim together, whatever the machine has."""
-    with _folder() as folder:
+    with private_folder() as folder:
         try:
-            with _environment(_settings(folder)), _ours_kept(), _signals_blocked():
+            with _environment(_settings(folder)), _ours_kept(), signals_blocked():
                 import ray
 
                 _silence_driver()
@@ -65,7 +65,7 @@ def joined_ray(address: str) -> Iterator[None]:
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
-                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
             )
         yield
     finally:
@@ -97,7 +97,7 @@ def _ours_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """What starts in this block never hears a SIGTERM or SIGUSR1, and this process hears them afterwards: a queue, or
     `timeout`, signals every process of a job, and the run needs its Ray until it has saved."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
@@ -119,20 +119,26 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def _settings(folder: str) -> dict[str, str | None]:
-    """The environment that the private Ray starts in; None removes a variable."""
+def token_settings(token: str) -> dict[str, str | None]:
+    """The environment that a Ray of ours, and whoever joins it, starts in; None removes a variable."""
     return {
         "RAY_ADDRESS": None,  # never a stranger's
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_DEDUP_LOGS": "0",
+        "SPT_NOENV": "1",  # a process that changes its title must not overwrite the mark in /proc
+    }
+
+
+def _settings(folder: str) -> dict[str, str | None]:
+    return {
+        **token_settings(_token()),
         # Ray turns 127.0.0.1 into the machine's own address, and then listens on every interface, unless clusters of
         # several machines are switched off by this variable (made for Windows and OSX, heard on Linux too).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": _token(),
-        "RAY_DEDUP_LOGS": "0",
-        "PYTHONPATH": _python_path(),
+        "PYTHONPATH": python_path(),
         reaper.MARK: folder,
-        "SPT_NOENV": "1",  # a process that changes its title must not overwrite the mark in /proc
     }
 
 
@@ -143,17 +149,19 @@ def _token() -> str:
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[str]:
-    """A folder that a reaper removes, with every process that Ray started, once this block or this process ends."""
+def private_folder() -> Iterator[str]:
+    """A folder that a reaper removes, with every process that was started under its mark, once this block or this
+    process ends."""
     parent = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="fw-", dir=parent if len(parent) <= _LONGEST_PARENT else "/tmp")
     # Its own session: a Ctrl-C at the terminal is not for it.
     command = [sys.executable, "-I", "-S", reaper.__file__, folder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+    unmarked = {name: value for name, value in os.environ.items() if name != reaper.MARK}  # an outer one spares it
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=unmarked, start_new_session=True):
         yield folder
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """Where this process imports from, so that workers import the same code."""
     return os.pathsep.join(dict.fromkeys(entry or os.getcwd() for entry in sys.path))
 

@@ -1,6 +1,7 @@
 """Where a process stands: rank, device, threads, determinism, process group. No other page speaks to torch.cuda."""
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from framework.core import driver
-from framework.core.errors import Interrupted, UsageError
+from framework.core.errors import DeadlineError, Interrupted, UsageError
 from framework.core.signals import StopRequest
 
 _CPU = torch.device("cpu")
@@ -156,8 +157,52 @@ def num_gpus() -> int:
 
 def places(device: str, count: int) -> list[str]:
     """Where ranks 0.. of this machine would stand: "cpu", or "cuda:1 (NVIDIA H100 80GB HBM3)"."""
-    found = [choose_device(device, rank) for rank in range(count)]
-    return [f"{each} ({torch.cuda.get_device_name(each)})" if each.type == "cuda" else str(each) for each in found]
+    check_devices(device, count)
+    return [_called(choose_device(device, rank)) for rank in range(count)]
+
+
+def standing(here: Runtime) -> dict[str, list[str]]:
+    """Node -> what stands there, "rank 1 on cuda:1 (NVIDIA H100 80GB HBM3)", for the whole world; empty on other ranks
+    than 0. After `start`."""
+    if _store is None:
+        return {node(): [f"rank 0 on {_called(here.device)}"]}
+    _store.set(f"standing/{here.rank}", json.dumps([node(), f"rank {here.rank} on {_called(here.device)}"]))
+    found: dict[str, list[str]] = {}
+    for rank in range(here.world_size if here.is_main else 0):
+        where, what = json.loads(_store.get(f"standing/{rank}"))
+        found.setdefault(where, []).append(what)
+    return found
+
+
+def _called(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def check_devices(device: str, ranks: int) -> None:
+    """UsageError where `ranks` of this machine would have to share its GPUs."""
+    gpus = num_gpus()
+    if choose_device(device).type == "cuda" and ranks > gpus:
+        raise UsageError(
+            f"{ranks} ranks on {node()}, which has {gpus} GPU{'s' if gpus > 1 else ''}: a rank needs one of its own; "
+            f"choose at most {gpus} (cluster.workers, or the processes of torchrun), or device=cpu"
+        )
+
+
+def node() -> str:
+    """What this machine is called: by Slurm where it runs the job."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def meet(deadline_s: float) -> dist.Store:
+    """The store where torchrun's ranks meet, without waiting for all of them as `start` does. DeadlineError where its
+    host, rank 0 or torchrun, does not answer."""
+    is_host = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        timeout = timedelta(seconds=deadline_s)
+        return dist.TCPStore(host, port, is_master=is_host, timeout=timeout, wait_for_workers=False)
+    except RuntimeError:
+        raise DeadlineError(f"rank 0 never came: nobody answers at {host}:{port} within {deadline_s:g} s") from None
 
 
 def in_world() -> bool:

@@ -1,11 +1,17 @@
-"""`framework doctor`: what this installation can do, what is missing, and what that costs."""
+"""`framework doctor`: what this installation can do, what is missing, and what that costs; with cluster.workers=N, or
+under torchrun and launch/slurm, whether every rank of a run would be fit.
+"""
 
 import importlib.metadata
+import os
 import platform
 import shutil
+import tempfile
+from pathlib import Path
 
-from framework.core.errors import UsageError
+from framework.core.errors import FrameworkError, UsageError
 
+_MEET_S = 30.0
 _PACKAGES = {
     "ray": "needed by cluster=ray: PPO roles as separate workers",
     "transformers": "only tests and comparisons need it",
@@ -23,9 +29,48 @@ _PACKAGES = {
 
 
 def doctor(words: list[str]) -> int:
-    """Print one line a component; returns 1 where something needed is missing."""
-    if words:
-        raise UsageError(f"doctor takes no words, got: {' '.join(words)}")
+    """0 where all is well, 1 where something needed is missing or a rank is unfit."""
+    asked = dict(word.partition("=")[::2] for word in words)
+    if set(asked) - {"cluster.workers", "device"}:
+        raise UsageError(f"doctor takes cluster.workers=N and device=NAME, got: {' '.join(words)}")
+    device = asked.get("device", "auto")
+    if "RANK" in os.environ:
+        return examine(device)
+    return _examine_here(device, asked["cluster.workers"]) if "cluster.workers" in asked else _show_installation()
+
+
+def _examine_here(device: str, workers: str) -> int:
+    """On ranks of this machine."""
+    from framework.cluster.ranks import run_ranks
+    from framework.core.runtime import num_gpus, places
+
+    if workers != "auto" and not (workers.isdigit() and int(workers)):
+        raise UsageError(f"cluster.workers={workers}: choose auto, or a number of processes from 1 on")
+    world = int(workers) if workers != "auto" else 1 if device == "cpu" else max(1, num_gpus())
+    places(device, world)
+    with tempfile.TemporaryDirectory() as logs:
+        run_ranks("doctor", examine, device, world, Path(logs))
+    return 0
+
+
+def examine(device: str) -> int:
+    """On this rank of several. One prints what all are like, or raises what is wrong; the others return 1 then."""
+    from framework.cluster.checkup import Seat, check_ranks
+    from framework.core.runtime import check_devices, choose_device, meet, node
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check_devices(device, int(os.environ["LOCAL_WORLD_SIZE"]))
+    place = choose_device(device, int(os.environ["LOCAL_RANK"]))
+    verdict = check_ranks(Seat(rank, node(), str(place)), world, meet(_MEET_S))
+    if verdict.speaks and not verdict.fit:
+        raise FrameworkError("not every rank is fit:\n" + "\n".join(verdict.lines))
+    if verdict.speaks:
+        print("\n".join(verdict.lines))
+    return int(not verdict.fit)
+
+
+def _show_installation() -> int:
+    """Print one line a component."""
     lines = [("ok", "python", platform.python_version()), *_torch_lines(), _compiler_line("nvcc"), _compiler_line("cc")]
     lines += [_package_line(name, use) for name, use in _PACKAGES.items()]
     for state, name, text in lines:

@@ -5,17 +5,21 @@ Under torchrun this process is one rank already, and other stages have one proce
 
 import importlib
 import json
+import os
 from collections.abc import Sequence
 
 from framework.cluster.ranks import run_ranks
-from framework.core.runtime import in_world, num_gpus, places
+from framework.core.runtime import check_devices, in_world, num_gpus, places, standing, start
 from framework.stages.config import RunConfig, TrainingRun
 from framework.stages.job import Run
 
 
 def launch(config: RunConfig) -> Run:
     """Run a stage, here or on the ranks that its recipe asks for."""
-    if not isinstance(config, TrainingRun) or in_world():
+    if not isinstance(config, TrainingRun):
+        return run(config)
+    if in_world():
+        _show_world(config)
         return run(config)
     devices = device_map(config)
     print(f"{config.stage}: {', '.join(f'rank {rank} on {place}' for rank, place in enumerate(devices))}", flush=True)
@@ -36,5 +40,18 @@ def device_map(config: TrainingRun) -> Sequence[str]:
     world = config.cluster.workers
     if not isinstance(world, int):
         world = 1 if config.device == "cpu" or config.parallel.name == "single" else max(1, num_gpus())
-    config.batch.micro(config.parallel.data_size(world))
+    _check_world(config, world)
     return places(config.device, world)
+
+
+def _show_world(config: TrainingRun) -> None:
+    """One line a node from rank 0, once all ranks have met. UsageError where they cannot work so."""
+    _check_world(config, int(os.environ["WORLD_SIZE"]))
+    check_devices(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = start(config.device, config.threads, config.deterministic)
+    for node, ranks in standing(here).items():
+        print(f"{config.stage}: node {node}: {', '.join(ranks)}", flush=True)
+
+
+def _check_world(config: TrainingRun, world: int) -> None:
+    config.batch.micro(config.parallel.data_size(world))

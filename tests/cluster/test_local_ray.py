@@ -210,7 +210,7 @@ def test_a_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest
     deep = tmp_path / ("x" * 60)
     deep.mkdir()
     monkeypatch.setattr(local_ray.tempfile, "tempdir", str(deep))
-    with local_ray._folder() as folder:
+    with local_ray.private_folder() as folder:
         assert Path(folder).parent == Path("/tmp")
         assert Path(folder).is_dir()
     assert not Path(folder).exists()

@@ -87,6 +87,20 @@ def test_every_visible_gpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         room.device_map(recipe("batch.size=30"))
 
 
+def test_a_gpu_is_not_shared_by_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
+    message = "4 ranks on gpu07, which has 2 GPUs: a rank needs one of its own; choose at most 2 "
+    with pytest.raises(UsageError, match=message):
+        room.device_map(recipe("cluster.workers=4"))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UsageError, match=message):
+        room.launch(recipe())
+    assert room.device_map(recipe("cluster.workers=4", "device=cpu")) == ["cpu"] * 4
+
+
 @pytest.mark.parametrize("asked", ["many", "0", "-1"])
 def test_a_number_of_workers_is_a_number(asked: str) -> None:
     with pytest.raises(UsageError, match=f"cluster.workers={asked}: choose auto, or a number"):
