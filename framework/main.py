@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from framework.core.config import recipes_folder
+from framework.core.deadline import ending
 from framework.core.errors import FrameworkError, Interrupted, LeftAtOnce, UsageError, nearest
 from framework.core.signals import stop_request
 from framework.stages.config import STAGES, PipelineRun, RunConfig
@@ -286,7 +287,11 @@ def _run_command(stage: str, words: list[str]) -> int:
         print(_stage_help(stage))
         return 0
     words = words[1:] if stage == "tokenizer" and words[:1] == ["train"] else words
-    with stop_request():  # from here on, though the stage will need seconds to import what it needs
+
+    def told(error: FrameworkError) -> None:
+        print(f"framework {stage}: {error}", file=sys.stderr)
+
+    with stop_request(), ending(told):  # from here on, though the stage will need seconds to import what it needs
         if any(word in _SWEEP_WORDS for word in words):
             return _sweep(stage, words)
         run_stage(compose(stage, words))

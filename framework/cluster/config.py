@@ -17,13 +17,15 @@ class RanksConfig:
     """How many processes of this machine train together. torchrun's world, where there is one, stands instead."""
 
     workers: int | str = "auto"  # auto = one a GPU that torch sees; one on a CPU and under parallel=single
+    deadline_s: float = 600.0  # of every collective, and of any phase in which ranks may wait for one another
     start_deadline_s: float = 180.0  # until all nodes of a Slurm job must have come
 
     def __post_init__(self) -> None:
         asked = self.workers
         known = asked == "auto" if isinstance(asked, str) else asked >= 1
         require(known, f"cluster.workers={asked}: choose auto, or a number of processes from 1 on")
-        require(self.start_deadline_s > 0, "cluster deadlines must be positive")
+        require(self.deadline_s > 0, f"cluster.deadline_s={self.deadline_s} must be positive")
+        require(self.start_deadline_s > 0, f"cluster.start_deadline_s={self.start_deadline_s} must be positive")
 
 
 @dataclass(frozen=True)

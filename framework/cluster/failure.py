@@ -1,13 +1,14 @@
 """What went wrong in which worker: the first failure of a group, told in one message. No Ray here.
 
 When one rank of a group dies, its peers fail too, an instant later, in the collective they share with it. The report
-must name the one that started it: a dead process before an exception, then the earliest by its own clock.
+must name the one that started it: a dead process before an exception, then the earliest by its own clock. Where a dead
+one stood only its peers can tell.
 """
 
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.core.errors import DeadlineError, FrameworkError, WorkerError
@@ -42,17 +43,21 @@ class Failure:
         return WorkerError(f"{place(self.role, self.rank, self.phase)} failed: {self.cause}{log_tail(log)}")
 
 
-def first(failures: Sequence[Failure]) -> Failure:
-    """The failure that the others follow from."""
-    return min(failures, key=lambda failure: failure.time)
+def first(failures: Sequence[Failure], ask: Callable[[], str] = str) -> Failure:
+    """The failure that the others follow from; a dead process with where all stood, as its peers say, or `ask`."""
+    found = min(failures, key=lambda failure: failure.time)
+    if found.time:
+        return found
+    said = next((each.cause for each in failures if each.error_class is DeadlineError), "") or ask()
+    return replace(found, cause=f"{found.cause}; {said}") if said else found
 
 
-def late(role: str, ranks: Sequence[int], phase: str, seconds: float, log: Path) -> DeadlineError:
-    """The error for ranks that did not answer in time; `log` is the first one's."""
+def late(role: str, ranks: Sequence[int], phase: str, seconds: float, log: Path, where: str = "") -> DeadlineError:
+    """The error for ranks that did not answer in time, and `where` all of the role stand; `log` is the first one's."""
     listing = ", ".join(str(rank) for rank in ranks)
     return DeadlineError(
-        f"{role} rank {listing} did not answer '{phase}' within {seconds:g} s; if the work is this long, raise "
-        f"{'cluster.start_deadline_s' if phase == 'start' else 'cluster.deadline_s'}{log_tail(log)}"
+        f"{role} rank {listing} did not answer '{phase}' within {seconds:g} s{where and f': {where}'}; if the work is "
+        f"this long, raise {'cluster.start_deadline_s' if phase == 'start' else 'cluster.deadline_s'}{log_tail(log)}"
     )
 
 

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from framework.cluster.failure import Failure
+from framework.core.deadline import ending
 from framework.core.errors import FrameworkError, Interrupted
 
 
@@ -20,7 +21,8 @@ def main(role: str, report: Path) -> int:
     try:
         work, argument = pickle.load(sys.stdin.buffer)
         threading.Thread(target=_leave_with_parent, daemon=True).start()
-        work(argument)
+        with ending(lambda error: _tell(report, error, role, rank)):
+            work(argument)
     except KeyboardInterrupt as error:
         left = Interrupted(str(error) or "interrupted", getattr(error, "exit_code", 130))
         return _tell(report, left, role, rank)

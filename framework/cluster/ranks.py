@@ -17,6 +17,7 @@ from typing import Any
 
 from framework.cluster import failure
 from framework.cluster.failure import Failure
+from framework.core.deadline import ask
 from framework.core.errors import FrameworkError, Interrupted
 from framework.core.runtime import free_port
 from framework.core.signals import StopRequest, stop_request
@@ -44,13 +45,15 @@ def run_ranks(role: str, work: Callable[[Any], Any], argument: Any, world: int, 
                 variables = _variables(rank, world, port)
                 ranks.append(_start(role, payload, variables, reports[rank], files[rank] if rank else None))
             codes = _watch(ranks, stop)
+            is_stuck = any(code < 0 for code in codes.values()) and any(process.poll() is None for process in ranks)
+            where = ask("127.0.0.1", port, world) if is_stuck else ""
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
         failures = [_failure(role, rank, code, reports[rank]) for rank, code in codes.items()]
         if failures:
-            raise _error(failures, files, stop)
+            raise _error(failures, files, stop, where)
 
 
 def _variables(rank: int, world: int, port: int) -> dict[str, str]:
@@ -102,11 +105,11 @@ def _failure(role: str, rank: int, code: int, report: Path) -> tuple[Failure, Fr
 
 
 def _error(
-    failures: Sequence[tuple[Failure, FrameworkError | None]], logs: Sequence[Path], stop: StopRequest
+    failures: Sequence[tuple[Failure, FrameworkError | None]], logs: Sequence[Path], stop: StopRequest, where: str
 ) -> FrameworkError:
-    """The one error that the others follow from. Ranks that say the same are one voice."""
-    first = failure.first([each for each, _ in failures])
-    own = next(error for each, error in failures if each is first)
+    """The one error that the others follow from. Ranks that say the same are one voice. `where`: where all stood."""
+    first = failure.first([each for each, _ in failures], lambda: where)
+    own = next(error for each, error in failures if each.rank == first.rank)
     if stop.exit_code and not isinstance(own, Interrupted) and first.time == 0:
         return Interrupted("stopped before there was anything to save", stop.exit_code)
     if own is not None and (isinstance(own, Interrupted) or {each.cause for each, _ in failures} == {first.cause}):

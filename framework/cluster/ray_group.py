@@ -22,10 +22,11 @@ from framework.cluster.marks import Answer, Call, Layout, Mark, join, share_out
 from framework.cluster.placement import Pool
 from framework.cluster.shell import END, MORE, Shell, compact
 from framework.core import runtime
+from framework.core.deadline import ask
 from framework.core.errors import FrameworkError
 
 PAUSE_S = 0.5  # between two looks up from waiting
-GRACE_S = 3.0  # for the other ranks to report, once one has failed
+GRACE_S = 6.0  # for the other ranks to report, once one has failed
 STREAM_AHEAD = 4  # items that a stream may hold in Ray's store before anyone takes them
 
 
@@ -80,9 +81,11 @@ class RayGroup(Group):
         ]
         for shell in self._shells:
             shell.listen.remote()
-        address = self._shells[0].__ray_call__.remote(_address) if world > 1 else None
+        self._address = self._shells[0].__ray_call__.remote(_address) if world > 1 else None
         settle = settle | {"world_size": world, "deadline_s": config.deadline_s}
-        self._starting = [shell.start.remote(address, worker_class, kwargs, settle, prepare) for shell in self._shells]
+        self._starting = [
+            shell.start.remote(self._address, worker_class, kwargs, settle, prepare) for shell in self._shells
+        ]
 
     def ready(self) -> None:
         if self._failed is not None:
@@ -191,7 +194,7 @@ class RayGroup(Group):
             else:
                 answers[rank] = answer
         if failures:
-            self._fail(failure.first(failures))
+            self._fail(failure.first(failures, self._where))
         if waiting:
             raise self._late(sorted(waiting.values()), phase, seconds)
         return [answers[rank] for rank in sorted(answers)]
@@ -217,8 +220,15 @@ class RayGroup(Group):
                 with contextlib.suppress(OSError):
                     os.kill(self._pids[rank], signal.SIGUSR2)
         time.sleep(0.2)  # for the stacks to reach the log
-        self._failed = failure.late(self.role, ranks, phase, seconds, self._logs[ranks[0]])
+        self._failed = failure.late(self.role, ranks, phase, seconds, self._logs[ranks[0]], self._where())
         return self._failed
+
+    def _where(self) -> str:
+        """Where the ranks stand that have met; "" where they have not, or cannot be asked."""
+        if self._layout is None or self._address is None:
+            return ""
+        host, _, port = str(self._ray.get(self._address)).rpartition(":")
+        return ask(host, int(port), len(self._shells))
 
 
 def _ranked(references: list[Any]) -> dict[Any, int]:

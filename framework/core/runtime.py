@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from framework.core import driver
+from framework.core.deadline import deadline, unwatch, watch
 from framework.core.errors import DeadlineError, Interrupted, UsageError
 from framework.core.signals import StopRequest
 
 _CPU = torch.device("cpu")
 _ASKED = "asked to stop"  # in the store: an exit code
 _store: dist.Store | None = None  # where the ranks of the world met
+_MEET_S = 300.0  # for all ranks to come up
+_NCCL_S = 60.0  # beyond the deadline: its own limit ends the process without a word, ours must come first
 # Dense bf16 peak of one card in FLOP/s, from the vendor's data sheets; MFU needs it.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
@@ -50,7 +53,7 @@ def start(
     """Settle this process: device, threads, determinism, and the process group where the world is larger than one.
 
     Rank and world come from the arguments (Ray workers) or from torchrun's environment. `address` is "host:port";
-    without it torchrun's MASTER_ADDR and MASTER_PORT are used.
+    without it torchrun's MASTER_ADDR and MASTER_PORT are used. `deadline_s`: how long a rank may stand in one phase.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
@@ -68,6 +71,8 @@ def start(
         torch.cuda.set_device(place)
     if world_size > 1 and not dist.is_initialized():
         _join(rank, world_size, address, place, deadline_s)
+    if _store is not None:
+        watch(_store, rank, world_size, deadline_s)
     return Runtime(rank, world_size, local_rank, place, exact)
 
 
@@ -81,6 +86,7 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     global _store
     _store = None
+    unwatch()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -90,8 +96,9 @@ def agreed(number: int) -> int:
     if not dist.is_initialized():
         return number
     votes = torch.tensor([number])
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return int(votes.item())
+    with deadline("the question whether to stop"):
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return int(votes.item())
 
 
 def heed(stop: StopRequest, where: str) -> None:
@@ -111,7 +118,8 @@ def apart(stop: StopRequest, where: str) -> Iterator[Callable[[], None]]:
             raise stop.error(where, exit_code)
 
     try:
-        yield point
+        with deadline(where.removeprefix("while "), patient=True):
+            yield point
     except Interrupted as error:
         agreed(error.exit_code)
         raise
@@ -249,9 +257,13 @@ def num_threads(count: int) -> Iterator[None]:
 
 def _join(rank: int, world_size: int, address: str | None, device: torch.device, deadline_s: float) -> None:
     global _store
-    timeout = timedelta(seconds=deadline_s)
-    meeting = dist.rendezvous(f"tcp://{address}" if address else "env://", rank, world_size, timeout=timeout)
+    timeout = timedelta(seconds=deadline_s + (_NCCL_S if device.type == "cuda" else 0.0))
+    meet = timedelta(seconds=max(deadline_s, _MEET_S))
+    meeting = dist.rendezvous(f"tcp://{address}" if address else "env://", rank, world_size, timeout=meet)
     _store, rank, world_size = next(meeting)
+    # Groups made later, those of a mesh among them, take no notice of the first one's limit.
+    groups = dist.distributed_c10d
+    groups.default_pg_timeout = groups.default_pg_nccl_timeout = timeout
     dist.init_process_group(_backend(device), store=_store, rank=rank, world_size=world_size, timeout=timeout)
 
 

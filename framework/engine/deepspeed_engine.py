@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from framework.checkpoint.integrity import MODULUS, signed, tensor_hash
 from framework.core.config import digest
+from framework.core.deadline import deadline
 from framework.core.errors import NonFiniteError
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime, ensure_group
@@ -40,7 +41,7 @@ from framework.optim.build import is_decayed
 from framework.optim.config import OptimConfig
 from framework.optim.flat_adamw import FlatAdamW
 from framework.optim.schedule import learning_rate
-from framework.parallel.collectives import DATA, Ranks, deadline
+from framework.parallel.collectives import DATA, Ranks
 from framework.parallel.config import ParallelConfig, require_deepspeed
 from framework.parallel.mesh import build_mesh
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from framework.checkpoint.integrity import signed, tensor_hash
 from framework.core.config import digest
+from framework.core.deadline import deadline
 from framework.core.records import Box, ReadBox
 from framework.models.scorer import Scorer, logical_name
-from framework.parallel.collectives import deadline
 from framework.parallel.config import AXES
 from framework.parallel.mesh import Mesh
 from framework.parallel.shard import Part, full, local

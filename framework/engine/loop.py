@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from framework.checkpoint.manager import CheckpointManager
+from framework.core.deadline import deadline
 from framework.core.errors import Interrupted
 from framework.core.records import Metrics, Rows
 from framework.core.runtime import agreed, heed
@@ -97,7 +98,8 @@ def train(
         _log(folder, 0, course.before, _digest(engine, 0, digest_every))
 
     def save(figures: Figures) -> None:
-        manager.save(course.step, {PART: engine.shards()}, asdict(course), figures)
+        with deadline(f"saving step {course.step}", patient=True):
+            manager.save(course.step, {PART: engine.shards()}, asdict(course), figures)
         folder.flush()
 
     pace = Pace(peak_flops)
@@ -135,10 +137,11 @@ def train(
 
 def resume(engine: Engine, manager: CheckpointManager) -> Course:
     """Bring the engine to the newest checkpoint that verifies; a fresh course where there is none."""
-    checkpoint = manager.latest()
-    if checkpoint is None:
-        return Course()
-    engine.load_shards(checkpoint.reader(PART))
+    with deadline("loading the checkpoint", patient=True):
+        checkpoint = manager.latest()
+        if checkpoint is None:
+            return Course()
+        engine.load_shards(checkpoint.reader(PART))
     return Course(**checkpoint.state)
 
 

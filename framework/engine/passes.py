@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from framework.core.deadline import deadline
 from framework.core.records import Counts, Metrics, Rows, Scores, count
 from framework.engine.metrics import merge, reduce_over
 from framework.engine.micro_batches import MicroBatch, cut, join, trim, without_empty
 from framework.engine.protocol import LossFn
-from framework.parallel.collectives import Ranks, deadline
+from framework.parallel.collectives import Ranks
 
 Score = Callable[..., Any]  # a Scorer's forward, however it is wrapped
 LossOf = Callable[[Score, MicroBatch], tuple[Tensor, Metrics]]
@@ -27,9 +28,7 @@ class Carrier(Protocol):
 
     multiple: int  # that number must be one of it
 
-    def losses(
-        self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool, phase: str
-    ) -> tuple[Tensor, Metrics]:
+    def losses(self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool) -> tuple[Tensor, Metrics]:
         """(sum of the losses, metrics added up) over `micros`; with `backward`, gradients are added too."""
 
     def scores(self, micros: Sequence[MicroBatch]) -> list[Scores]:
@@ -49,14 +48,12 @@ class Straight:
     ):
         self._score, self._backward, self._inside = score, backward, inside
 
-    def losses(
-        self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool, phase: str
-    ) -> tuple[Tensor, Metrics]:
+    def losses(self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool) -> tuple[Tensor, Metrics]:
         """See `Carrier`."""
         total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
         with self._inside():
             for index, micro in enumerate(micros):
-                with deadline(f"{phase}, micro-batch {index} of {len(micros)}"):
+                with deadline(f"micro-batch {index} of {len(micros)}"):
                     loss, figures = loss_of(self._score, micro)
                     if backward:
                         self._backward(loss)
@@ -66,7 +63,7 @@ class Straight:
 
     def scores(self, micros: Sequence[MicroBatch]) -> list[Scores]:
         """See `Carrier`."""
-        with deadline("inference"), self._inside():
+        with self._inside():
             return [self._score(micro.rows) for micro in micros]
 
 
@@ -80,18 +77,19 @@ class Passes:
     def run(self, rows: Rows, loss_fn: LossFn, counts: Counts | None, backward: bool, phase: str) -> Metrics:
         """`protocol.Engine.forward_backward`, or `measure` without `backward`. `phase` names the step in errors."""
         kept = without_empty(rows)
-        number, everywhere = self._agree(kept, counts)
-        micros = list(cut(kept.to(self._device), self._micro_size, number))
-        total, metrics = self._carrier.losses(micros, partial(loss_of, loss_fn, everywhere), backward, phase)
-        if backward:
-            self.loss += total
-        return reduce_over(self._ranks, metrics)
+        with deadline(phase):
+            number, everywhere = self._agree(kept, counts)
+            micros = list(cut(kept.to(self._device), self._micro_size, number))
+            total, metrics = self._carrier.losses(micros, partial(loss_of, loss_fn, everywhere), backward)
+            if backward:
+                self.loss += total
+            return reduce_over(self._ranks, metrics)
 
     def infer(self, rows: Rows) -> Scores:
         """See `protocol.Engine`. The scores come back to where the rows were."""
-        number = self._common(self._gather(self._num_micro_batches(rows)))
-        micros = list(cut(rows.to(self._device), self._micro_size, number))
-        with torch.no_grad():
+        with torch.no_grad(), deadline("inference"):
+            number = self._common(self._gather(self._num_micro_batches(rows)))
+            micros = list(cut(rows.to(self._device), self._micro_size, number))
             parts = list(zip(self._carrier.scores(micros), micros, strict=True))
         return join(parts).to(rows.inputs().tokens.device)
 

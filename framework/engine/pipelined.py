@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from framework.core.deadline import deadline
 from framework.core.records import Metrics, Scores
 from framework.engine.metrics import merge
 from framework.engine.micro_batches import MicroBatch
 from framework.engine.passes import LossOf
 from framework.models.scorer import Scorer
-from framework.parallel.collectives import Ranks, deadline
+from framework.parallel.collectives import Ranks
 from framework.parallel.config import Schedule
 from framework.parallel.pipeline import Line, Work, order
 
@@ -41,9 +42,7 @@ class Pipelined:
         self._places, self._schedule, self._inside = places, schedule, inside
         self.multiple = line.size if schedule is Schedule.INTERLEAVED else 1
 
-    def losses(
-        self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool, phase: str
-    ) -> tuple[Tensor, Metrics]:
+    def losses(self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool) -> tuple[Tensor, Metrics]:
         """See `Carrier`."""
         found: dict[int, tuple[Tensor, Metrics]] = {}
 
@@ -52,7 +51,7 @@ class Pipelined:
             found[index] = loss.detach().sum(), metrics
             return loss
 
-        self._go(micros, end, backward, phase)
+        self._go(micros, end, backward)
         total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
         for index in range(len(found)):  # in the order of rows, whatever the schedule's
             loss, figures = found[index]
@@ -72,26 +71,24 @@ class Pipelined:
             found[index] = scores.to("cpu")
             return hidden
 
-        self._go(micros, end, False, "inference")
+        self._go(micros, end, False)
         told: list[Scores] = self._tell([found[index] for index in range(len(found))])
         return [scores.to(micros[0].rows.inputs().tokens.device) for scores in told]
 
-    def _go(
-        self, micros: Sequence[MicroBatch], end: Callable[[Scorer, int, Tensor], Tensor], backward: bool, phase: str
-    ) -> None:
+    def _go(self, micros: Sequence[MicroBatch], end: Callable[[Scorer, int, Tensor], Tensor], backward: bool) -> None:
         """All of this rank's work. What a stage took in and gave waits for its backward."""
         waiting: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         with self._inside():
             for work in order(self._schedule, self._line.rank, self._line.size, len(micros), backward):
                 stage, key = self._stages[work.chunk][0], (work.chunk, work.micro)
-                with deadline(f"{phase}, {_said(work)} {work.micro} of {len(micros)} through stage {stage}"):
+                with deadline(f"{_said(work)} {work.micro} of {len(micros)} through stage {stage}"):
                     if work.forward:
                         taken, given = self._forward(work, micros[work.micro], end, backward)
                         if backward:
                             waiting[key] = taken, given
                     else:
                         self._backward(stage, *waiting.pop(key))
-            with deadline(f"{phase}, the end of its sends"):
+            with deadline("the end of its sends"):
                 self._line.settle()
 
     def _forward(

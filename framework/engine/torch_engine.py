@@ -11,6 +11,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from framework.core.deadline import deadline
 from framework.core.errors import NonFiniteError
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime
@@ -162,8 +163,9 @@ class TorchEngine:
         """See `protocol.Engine`."""
         assert self.optimizer is not None, "an engine built without optim only infers"
         config = self.optimizer.config
-        gradients = self.holdings.gradients()
-        norm, loss, work = self._summed(gradients)
+        with deadline(f"the update of step {self.step_count}"):
+            gradients = self.holdings.gradients()
+            norm, loss, work = self._summed(gradients)
         lr = learning_rate(config, self.step_count, self.total_steps)
         skipped = not isfinite(norm + loss)
         self.step_count += 1

@@ -1,12 +1,11 @@
 """Sums, gathers, exchanges and ring hops over ranks, each named, so that a rank that waits in vain can say where it
 stands (law Deadline).
 
-The time limit itself is the process group's (`core.runtime.start`). Left out: FSDP's own collectives; they run inside
-`deadline`, which names the phase.
+Left out: the time limit and the error (`core.deadline`), and FSDP's own collectives; they run inside a `deadline` that
+names the phase.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from framework.core.errors import DeadlineError
+from framework.core.deadline import deadline
 
 DATA = ("data_replicate", "data_shard")  # the axes of the mesh that cut a batch
-
-# How gloo and NCCL say that a peer is late or gone. Anything else is our own error and keeps its traceback.
-_SYMPTOMS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused")
 
 
 @dataclass(frozen=True)
@@ -119,18 +115,3 @@ class Ranks:
             there = dist.P2POp(dist.isend, sent, group=self.group, group_peer=after)
             here = dist.P2POp(dist.irecv, came, group=self.group, group_peer=before)
             return Arrival(phase, dist.batch_isend_irecv([there, here]), sent, came)
-
-
-@contextlib.contextmanager
-def deadline(phase: str) -> Iterator[None]:
-    """Name the phase, and this rank, in the error of a collective inside that a peer never joined."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (dist.is_initialized() and any(symptom in str(error).lower() for symptom in _SYMPTOMS)):
-            raise
-        rank, size = dist.get_rank(), dist.get_world_size()
-        reason = str(error).strip().splitlines()[0]
-        raise DeadlineError(
-            f"rank {rank} of {size} waited in vain in {phase}: another rank died, hangs or left ({reason})"
-        ) from error

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from framework.cluster.config import RanksConfig
 from framework.core.config import find_file
+from framework.core.deadline import ending, unwatch
 from framework.core.errors import DataError, Interrupted, UsageError, foreign
 from framework.core.places import is_url
 from framework.core.registry import lookup
@@ -112,7 +114,8 @@ def open_job(
     extensions = load_extensions(config.extensions)
     _find_names(config)
     digests = {role: folder_digest(str(brought(path))) for role, path in (parents or {}).items() if path}
-    place = start(config.device, config.threads, config.deterministic)
+    ranks = config.cluster if isinstance(config, TrainingRun) else RanksConfig()
+    place = start(config.device, config.threads, config.deterministic, deadline_s=ranks.deadline_s)
     if isinstance(config, TrainingRun):
         config.parallel.check_world(place.world_size)
     if isinstance(config, PpoRun):
@@ -124,7 +127,7 @@ def open_job(
     remote = _open_remote(config, place) if is_url(config.run.dir) else None
     folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main, remote=remote)
     try:
-        with stop_request() as stop:
+        with stop_request() as stop, ending(folder.fail):
             heed(stop, "before it began")
             yield Job(config, folder, place, stop, {"extensions": extensions})
     except BaseException as error:
@@ -133,6 +136,7 @@ def open_job(
             folder.fail(error, state=state)
         raise
     finally:
+        unwatch()
         folder.close()
 
 

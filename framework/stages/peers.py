@@ -125,6 +125,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "recompute_granularity": ("parallel.recompute",),
     "num_gpus": ("cluster.workers",),
     "n_gpus_per_node": ("cluster.workers",),
+    "ddp_timeout": ("cluster.deadline_s",),
     "colocate_all_models": ("cluster.colocate",),
     # PPO
     "kl_coef": ("ppo.kl_coefficient",),

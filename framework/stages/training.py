@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from framework.checkpoint.manager import CheckpointManager
+from framework.core.deadline import deadline
 from framework.core.errors import UsageError
 from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.runtime import peak_flops
@@ -124,17 +125,18 @@ def fit(
     goes into the model's config.json."""
     total = config.train.total_steps(len(rows.train), config.batch.size)
     data_size = config.parallel.data_size(job.runtime.world_size)
-    engine = build_engine(
-        start.model,
-        runtime=job.runtime,
-        parallel=config.parallel,
-        config=config.engine,
-        micro_size=config.batch.micro(data_size),
-        optim=config.optim,
-        total_steps=total,
-        weights=start.weights,
-        num_classes=num_classes,
-    )
+    with deadline("building the model", patient=True):
+        engine = build_engine(
+            start.model,
+            runtime=job.runtime,
+            parallel=config.parallel,
+            config=config.engine,
+            micro_size=config.batch.micro(data_size),
+            optim=config.optim,
+            total_steps=total,
+            weights=start.weights,
+            num_classes=num_classes,
+        )
 
     def loader(source: RowSource) -> Loader:
         return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size)

@@ -13,6 +13,14 @@ def test_a_dead_process_comes_before_the_exceptions_it_caused() -> None:
     assert first(peers[::-1]).rank == 0
 
 
+def test_where_a_dead_process_stood_is_told_by_its_peers_or_by_whoever_can_be_asked() -> None:
+    dead = Failure("actor", 2, "update", "its process died")
+    peer = Failure("actor", 0, "update", "rank 2 has left or died; ...", DeadlineError, time=10.0)
+    assert first([peer, dead]).cause == "its process died; rank 2 has left or died; ..."
+    assert first([dead], lambda: "rank 2 has left").cause == "its process died; rank 2 has left"
+    assert first([peer], lambda: "not asked").cause == peer.cause
+
+
 def test_our_errors_come_back_as_their_class_others_as_worker_errors(tmp_path: Path) -> None:
     log = tmp_path / "actor-1.log"
     log.write_text("".join(f"line {i}\n" for i in range(30)))
@@ -40,6 +48,8 @@ def test_a_late_worker_is_named_with_the_key_to_raise(tmp_path: Path) -> None:
     assert str(error) == (
         "critic rank 1, 3 did not answer 'values' within 30 s; if the work is this long, raise cluster.deadline_s"
     )
+    where = late("critic", [1], "values", 30.0, tmp_path / "missing.log", "rank 1 is at inference")
+    assert "within 30 s: rank 1 is at inference; if the work" in str(where)
     assert "cluster.start_deadline_s" in str(late("critic", [0], "start", 5.0, tmp_path / "missing.log"))
 
 

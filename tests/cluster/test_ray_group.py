@@ -99,6 +99,7 @@ def test_a_killed_worker_is_named_although_its_peer_fails_too(victim: Group) -> 
         victim.fail(1, "kill").result()
     message = str(caught.value)
     assert message.startswith(f"victim rank 1, fail failed: its process (pid {pid}) died: killed from outside")
+    assert "; rank 1 has left or died; its last phase was " in message
     assert "victim-1.log" in message
     assert message.endswith("\n  the last words of this worker")
     with pytest.raises(WorkerError, match="victim rank 1, fail failed"):
@@ -126,7 +127,9 @@ def test_a_deadline_names_the_late_ranks_and_shows_their_stacks(quad: Any) -> No
     with pytest.raises(DeadlineError) as caught:
         quad.fail(1, "hang").result()
     message = str(caught.value)
-    assert message.startswith("quad rank 0, 1, 2, 3 did not answer 'fail' within 1 s")
+    assert message.startswith("quad rank 0, 1, 2, 3 did not answer 'fail' within 1 s: rank 1 is at the beginning (")
+    assert "in _fail) for " in message
+    assert "; ranks 0, 2-3 wait at the beginning; if the work is this long" in message
     assert "quad-0.log" in message
     assert "all_reduce" in message
 
