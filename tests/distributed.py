@@ -18,7 +18,7 @@ import torch
 
 from framework.core import runtime
 
-_GRACE_S = 5.0  # what the others get to end by themselves once one has failed
+_GRACE_S = 15.0  # what the others get to end by themselves once one has failed: they first ask where all stand
 
 
 def run_ranks(

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from framework.checkpoint.manifest import Checkpoint
 from framework.main import main
 from tests.test_faults import fingerprints
 from tests.test_local import LOCAL
@@ -137,11 +138,25 @@ def test_asked_anywhere_by_any_signal(
 def test_a_second_signal_leaves_at_once_and_what_was_saved_stands(
     tmp_path: Path, whole: Path, names: str, code: int
 ) -> None:
-    argv, log = words("pretrain", tmp_path, whole), tmp_path / "log"
+    argv, log = words("pretrain", tmp_path, whole, "checkpoint.background=false"), tmp_path / "log"
     returned, said = end(fork(argv, log, f"{names} {STEP} 4"), log)
     assert (returned, said.splitlines()[-1]) == (code, "framework pretrain: stopped at once, without saving")
     assert status(tmp_path / "pretrain")["state"] == "interrupted"
     assert newest(tmp_path / "pretrain") == 2
+
+
+def test_asked_while_a_checkpoint_is_written_beside_the_steps_it_ends_with_whole_ones(
+    tmp_path: Path, whole: Path
+) -> None:
+    argv, log = words("pretrain", tmp_path, whole), tmp_path / "log"
+    code, said = end(fork(argv, log, "SIGTERM framework.checkpoint.format:_write_safetensors 1"), log)
+    assert code == 143, said
+    found = {path.name: Checkpoint(path).problems() for path in (tmp_path / "pretrain/checkpoints").iterdir()}
+    assert "step_00000002" in found
+    assert len(found) == 2
+    assert not any(found.values())
+    assert end(fork(argv, log), log)[0] == 0
+    assert fingerprints(tmp_path) == {n: p for n, p in fingerprints(whole).items() if n.startswith("pretrain/")}
 
 
 def test_a_pipeline_stops_between_two_stages(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ reads what any other has written. Left out: when to write and what to believe (`
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from math import prod
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from framework.checkpoint.integrity import MODULUS, tensor_hash
+from framework.checkpoint.integrity import MODULUS, tensor_hash, tensor_hashes
 from framework.core.errors import CheckpointError, nearest
 from framework.core.records import Box
 
@@ -36,6 +37,8 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+_CHUNK = 1 << 24  # bytes that are written and hashed at a time
+_TOGETHER = 8  # tensors that are fingerprinted together: one that is not contiguous is copied for it
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,35 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One box on its way into a file, the `number`-th that its rank holds."""
+
+    number: int
+    name: str
+    box: Box
+    tensor: Tensor
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return f"{self.number}:{self.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor as far as this box reaches."""
+        return tuple(offset + length for offset, length in self.box)
+
+    def content(self) -> memoryview:
+        """Its bytes, on the CPU."""
+        return self.tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    def described(self, fingerprint: int) -> dict[str, Any]:
+        """Its entry in the index file."""
+        dtype, hash_ = _DTYPES[self.tensor.dtype], f"{fingerprint:016x}"
+        return {"name": self.name, "key": self.key, "box": self.box, "dtype": dtype, "shape": self.shape, "hash": hash_}
+
+
+@dataclass(frozen=True)
 class Entry:
     """A whole tensor of a checkpoint, by logical name."""
 
@@ -64,24 +96,34 @@ class Entry:
     hash: str
 
 
-def write_part(folder: Path, part: str, rank: int, shards: Shards, world_size: int = 1) -> None:
+def write_part(
+    folder: Path,
+    part: str,
+    rank: int,
+    shards: Shards,
+    world_size: int = 1,
+    point: Callable[[], None] = lambda: None,
+) -> None:
     """Write what this rank of `part` holds into the staging `folder`; any process that sees the folder may call it.
 
     `shards`: (logical name, box, tensor), without overlap between ranks; a name may come several times. Tensors are
-    moved to the CPU one at a time. Raises OSError as it comes (a full disk); the caller then drops the folder.
+    moved to the CPU one at a time. The index file comes last, by a rename: where it stands, the part is whole. `point`
+    is called every few megabytes and may raise to give up. Raises OSError as it comes (a full disk); the caller then
+    drops the folder.
     """
     folder = Path(folder)
-    held = [(name, box, tensor.detach()) for name, box, tensor in shards if tensor.numel()]
-    file = f"{part}-{rank:05d}.safetensors"
-    stored = [_describe(file, n, name, box, tensor) for n, (name, box, tensor) in enumerate(held)]
-    digest, size = _write_safetensors(folder / file, {s.key: t for s, (_, _, t) in zip(stored, held)})
+    held = [Piece(n, name, box, tensor.detach()) for n, (name, box, tensor) in enumerate(shards) if tensor.numel()]
+    file = f"{part}-{rank:05d}"
+    digest, size, hashes = _write_safetensors(folder / f"{file}.safetensors", held, point)
     index = {
         "world_size": world_size,
         "bytes": size,
         "sha256": digest,
-        "boxes": [{k: v for k, v in asdict(entry).items() if k != "file"} for entry in stored],
+        "boxes": [piece.described(hashes[piece.key]) for piece in held],
     }
-    write_bytes(folder / f"{part}-{rank:05d}.json", json.dumps(index).encode())
+    partial = folder / f"{file}.partial"
+    write_bytes(partial, json.dumps(index).encode())
+    partial.rename(folder / f"{file}.json")
 
 
 def read_indices(folder: Path) -> dict[str, dict[str, Any]]:
@@ -170,38 +212,58 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _describe(file: str, number: int, name: str, box: Box, tensor: Tensor) -> Stored:
-    shape = tuple(offset + length for offset, length in box)
-    digest = tensor_hash(tensor, box, shape)
-    return Stored(name, file, f"{number}:{name}", box, _DTYPES[tensor.dtype], shape, f"{digest:016x}")
+def _write_safetensors(path: Path, held: Sequence[Piece], point: Callable[[], None]) -> tuple[str, int, dict[str, int]]:
+    """Sha256 and size of the file written, and the hash of each tensor by key. The safetensors library would want all
+    tensors on the CPU at once, unshared, and the file read again for its hash; here one tensor at a time is moved, and
+    is written, hashed and fingerprinted side by side: all three let go of Python's lock."""
+    digest, hashes, groups = sha256(), dict[str, int](), _alike(held)
+    with path.open("wb") as stream, ThreadPoolExecutor(2) as aside:
 
+        def put(content: bytes | memoryview) -> None:
+            point()
+            hashed = aside.submit(digest.update, content)
+            stream.write(content)
+            hashed.result()
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Sha256 and size of the file written. The safetensors library would want all tensors on the CPU at once, unshared,
-    and the file read again for its hash; here one tensor at a time is moved, written and hashed."""
-    digest, size = sha256(), 0
-    with path.open("wb") as stream:
-        for piece in _safetensors(tensors):
-            digest.update(piece)
-            size += stream.write(piece)
+        put(_header([piece for group in groups for piece in group]))
+        for group in groups:
+            fingerprints = aside.submit(_fingerprints, group)
+            for piece in group:
+                content = piece.content()
+                for start in range(0, len(content), _CHUNK):
+                    put(content[start : start + _CHUNK])
+            hashes |= fingerprints.result()
         stream.flush()
         os.fsync(stream.fileno())
-    return digest.hexdigest(), size
+        return digest.hexdigest(), stream.tell(), hashes
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file. Wide dtypes come first, so that every tensor is aligned to its elements."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+def _alike(held: Sequence[Piece]) -> list[list[Piece]]:
+    """In the order of the file: wide dtypes first, so that every tensor is aligned to its elements, and together what
+    can be fingerprinted together."""
+    found: dict[Any, list[Piece]] = {}
+    for piece in sorted(held, key=lambda piece: -piece.tensor.element_size()):
+        found.setdefault((piece.tensor.element_size(), piece.box, piece.tensor.device), []).append(piece)
+    return [group[n : n + _TOGETHER] for group in found.values() for n in range(0, len(group), _TOGETHER)]
+
+
+def _fingerprints(group: Sequence[Piece]) -> dict[str, int]:
+    """By key."""
+    hashes = tensor_hashes([piece.tensor for piece in group], group[0].box, group[0].shape)
+    return {piece.key: hash_ for piece, hash_ in zip(group, hashes, strict=True)}
+
+
+def _header(ordered: Sequence[Piece]) -> bytes:
+    """The first bytes of a safetensors file that holds these tensors in this order."""
     header: dict[str, Any] = {}
     end = 0
-    for key, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for piece in ordered:
+        start, end = end, end + piece.tensor.nbytes
+        shape = list(piece.tensor.shape)
+        header[piece.key] = {"dtype": _DTYPES[piece.tensor.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return len(text).to_bytes(8, "little") + text
 
 
 def _open(path: Path) -> Any:

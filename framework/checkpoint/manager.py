@@ -1,8 +1,8 @@
 """Saving so that a kill at any instant costs nothing, and believing only what verifies.
 
 A checkpoint is staged in a hidden folder, every file synced and hashed, the manifest written last, and the folder
-renamed into place: it exists when its manifest verifies. Left out: what the parts hold (`engine.shards`) and how a box
-is laid out (`format`).
+renamed into place: it exists when its manifest verifies. Left out: what the parts hold (`engine.shards`), how a box is
+laid out (`format`), and saving while training goes on (`saver`).
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class CheckpointManager:
         guard: Callable[[], None] = lambda: None,
     ):
         self.folder, self.config = Path(folder), config or CheckpointConfig()
-        self._rank, self._world_size, self._gather, self._guard = rank, world_size, gather, guard
+        self.rank, self.world_size, self._gather, self._guard = rank, world_size, gather, guard
 
     def save(
         self,
@@ -64,7 +64,7 @@ class CheckpointManager:
         """Save `parts` (name -> (logical name, box, tensor) of this rank) as the checkpoint of `step`."""
         with self.saving(step, state, metrics) as staging:
             for part, shards in parts.items():
-                write_part(staging, part, self._rank, shards, self._world_size)
+                write_part(staging, part, self.rank, shards, self.world_size)
         return Checkpoint(self._path(step))
 
     @contextlib.contextmanager
@@ -75,18 +75,27 @@ class CheckpointManager:
         is removed and older checkpoints stand as before.
         """
         try:
-            with self._together(step):
-                staging = self.stage(step) if self._rank == 0 else self._staging(step)
-            with self._together(step):
+            staging = self.begin(step)
+            with self.together(step):
                 yield staging
-            with self._together(step):
-                if self._rank == 0:
+            with self.together(step):
+                if self.rank == 0:
                     self.commit(step, state, metrics)
         except BaseException:
-            if self._rank == 0:
-                self._guard()  # another owner's staging folder has the same name
-                shutil.rmtree(self._staging(step), ignore_errors=True)
+            self.discard(step)
             raise
+
+    def begin(self, step: int) -> Path:
+        """The staging folder for `step`, empty and there for all ranks. Collective."""
+        with self.together(step):
+            return self.stage(step) if self.rank == 0 else self._staging(step)
+
+    def discard(self, step: int) -> None:
+        """Drop what is staged of `step`. Raises where the folder has another owner by now: its staging folder has the
+        same name."""
+        if self.rank == 0:
+            self._guard()
+            shutil.rmtree(self._staging(step), ignore_errors=True)
 
     def stage(self, step: int) -> Path:
         """An empty staging folder for `step`; leftovers of killed saves are cleared away."""
@@ -111,15 +120,15 @@ class CheckpointManager:
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; one warning line for each newer one that does not. None: start anew."""
-        if self._rank == 0:
+        if self.rank == 0:
             self._clear_leftovers()
         for step in sorted(self._gather(self._steps())[0], reverse=True):
             found = Checkpoint(self._path(step))
-            shares = self._gather(found.problems(self._rank, self._world_size))
+            shares = self._gather(found.problems(self.rank, self.world_size))
             problems = [problem for share in shares for problem in share]
             if not problems:
                 return found
-            if self._rank == 0:
+            if self.rank == 0:
                 print(f"warning: checkpoint {found.folder.name} is not used: {problems[0]}", file=sys.stderr)
         return None
 
@@ -135,7 +144,7 @@ class CheckpointManager:
         return Checkpoint(self._path(min(figures, key=lambda step: (figures[step], -step)))) if figures else None
 
     @contextlib.contextmanager
-    def _together(self, step: int) -> Iterator[None]:
+    def together(self, step: int) -> Iterator[None]:
         """A phase that all ranks leave together: where one fails, all do, and nobody waits for the one that left."""
         failure: BaseException | None = None
         try:
@@ -144,12 +153,19 @@ class CheckpointManager:
             failure = error
         messages = self._gather(None if failure is None else _sentence(failure))
         if isinstance(failure, OSError | CheckpointError):
-            raise CheckpointError(f"cannot save step {step} in {self.folder}: {_sentence(failure)}") from failure
+            raise self.error(step, failure) from failure
         if failure is not None:
             raise failure
         failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
         if failed:
-            raise CheckpointError(f"cannot save step {step} in {self.folder}: {failed[0]}")
+            raise self._error(step, failed[0])
+
+    def error(self, step: int, failure: BaseException) -> CheckpointError:
+        """What to say where `step` cannot be saved, in one line."""
+        return self._error(step, _sentence(failure))
+
+    def _error(self, step: int, why: str) -> CheckpointError:
+        return CheckpointError(f"cannot save step {step} in {self.folder}: {why}")
 
     def _retain(self, step: int) -> None:
         """Keep the newest and the best. What lies beyond `step` belongs to a course that the run no longer follows:

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from framework.core import driver
 from framework.core.deadline import deadline, unwatch, watch
@@ -229,6 +230,14 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Most bytes ever held by torch's allocator on `device`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def copy_to_host(tensor: Tensor, memory: Tensor | None = None) -> Tensor:
+    """A copy of `tensor` in the memory of the host, done when this returns: in `memory`, that of an earlier copy, where
+    dtype and shape fit. New memory is page-locked for a GPU's tensors, so that no second buffer stands between."""
+    if memory is None or (memory.dtype, memory.shape) != (tensor.dtype, tensor.shape):
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return memory.copy_(tensor)
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from framework.checkpoint.manager import CheckpointManager
+from framework.checkpoint.saver import Saver
 from framework.core.deadline import deadline
 from framework.core.errors import Interrupted
 from framework.core.records import Metrics, Rows
@@ -37,7 +38,7 @@ class Journal(Protocol):
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None: ...
     def advance(self, step: int, total: int) -> None: ...  # cheap, every step
-    def flush(self) -> None: ...  # after a checkpoint: what is elsewhere is brought up to date
+    def flush(self) -> None: ...  # after a checkpoint, beside the steps: what is elsewhere is brought up to date
     def cut_back(self, step: int) -> None: ...  # forget what came after `step`; all, where it is -1
 
 
@@ -87,9 +88,9 @@ def train(
 
     `every`, `validate_every` and `checkpoint_every` are in steps; 0 = at the end only. `digest_every` too; 0 = never,
     else from step 0 on. `profile` is a folder for a trace of steps 3 to 5; `peak_flops` are a second's, of all ranks
-    together. Figures are logged before the checkpoint of their step, which remembers those of that step for `best`.
-    Raises Interrupted, after saving, once any rank was asked to stop; a validation is broken off for it, and is the
-    first thing that a continued run does.
+    together. Figures are logged before the checkpoint of their step, which remembers those of that step for `best`; it
+    is written while training goes on. Raises Interrupted, after saving, once any rank was asked to stop; a validation
+    is broken off for it, and is the first thing that a continued run does.
     """
     course = resume(engine, manager)
     folder.cut_back(course.logged)
@@ -97,15 +98,15 @@ def train(
         course.before = _named("valid", evaluate(engine, valid, loss_fn, stop)) if valid else {}
         _log(folder, 0, course.before, _digest(engine, 0, digest_every))
 
-    def save(figures: Figures) -> None:
-        with deadline(f"saving step {course.step}", patient=True):
-            manager.save(course.step, {PART: engine.shards()}, asdict(course), figures)
-        folder.flush()
-
     pace = Pace(peak_flops)
     figures: Figures = {}  # of one step
     speed: Figures = {}  # beside them, and in no checkpoint: they are not the same twice
-    with profiling(profile) as step_was_profiled:
+    with Saver(manager, then=folder.flush) as saver, profiling(profile) as step_was_profiled:
+
+        def save(figures: Figures) -> None:
+            with deadline(f"saving step {course.step}", patient=True):
+                saver.save(course.step, {PART: engine.shards()}, asdict(course), figures)
+
         while course.step < total_steps or course.owed is not None:
             speed = {}
             if course.owed is None:
@@ -128,6 +129,7 @@ def train(
             _log(folder, course.step, figures | speed, _digest(engine, course.step, digest_every))
             progress(course.step, **_shown(figures))
             asked = agreed(stop.exit_code)
+            saver.look()
             if last or asked or _due(course.step, checkpoint_every):
                 save(figures)
             if asked:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -48,6 +49,7 @@ class RunFolder:
         self._pace: tuple[float, int] | None = None  # when and at which step this attempt began
         self._written = 0.0
         self._taken, self._flushed = 0, time.monotonic()  # the attempt's number there, and when it was last sent
+        self._uploading = threading.Lock()
         self._opened: Tracker | None = None
         self._new = False  # whether this attempt made the run
         self._made: list[Path] = []  # folders that it made, the innermost first
@@ -123,15 +125,16 @@ class RunFolder:
         self._status = replace(self._status, step=step, total=total, eta_seconds=eta)
         if now - self._written >= _STATUS_EVERY and self._may_write():
             self._write_status()
-        if self._remote and now - self._flushed >= _FLUSH_EVERY:
+        if self._remote and now - self._flushed >= _FLUSH_EVERY and not self._uploading.locked():
             self._flush_or_warn()
 
     def flush(self) -> None:
         """Bring object storage, where the run lives on one, up to date: after a save, and at the end. Raises where it
-        cannot be reached, or a newer attempt has the run."""
+        cannot be reached, or a newer attempt has the run. Any thread may call it."""
         if self._remote and self.is_main and self.attempt:
-            self._remote.flush(self._taken)
-            self._flushed = time.monotonic()
+            with self._uploading:
+                self._remote.flush(self._taken)
+                self._flushed = time.monotonic()
 
     def cut_back(self, step: int) -> None:
         """Forget what was logged after `step`; -1, where nothing was restored, forgets all."""

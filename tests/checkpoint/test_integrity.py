@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from framework.checkpoint import integrity
-from framework.checkpoint.integrity import MODULUS, file_sha256, tensor_hash
+from framework.checkpoint.integrity import MODULUS, file_sha256, tensor_hash, tensor_hashes
 from framework.core.records import whole
 
 DTYPES = [
@@ -51,6 +51,14 @@ def drawn(dtype: torch.dtype, *shape: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_hash_is_its_formula_for_every_dtype(dtype: torch.dtype) -> None:
     assert tensor_hash(drawn(dtype, 3, 5, 7)) == by_the_formula(drawn(dtype, 3, 5, 7))
+
+
+def test_hashes_taken_together_are_those_taken_one_by_one() -> None:
+    dtypes = (torch.float32, torch.int32)
+    tensors = [drawn(dtype, 3, 700, 70).transpose(1, 2) + n for n, dtype in enumerate(dtypes)]
+    box, shape = ((1, 3), (0, 70), (4, 700)), (9, 70, 900)
+    assert tensor_hashes(tensors, box, shape) == [tensor_hash(tensor, box, shape) for tensor in tensors]
+    assert len(set(tensor_hashes(tensors, box, shape))) == 2
 
 
 def test_hand_worked_numbers() -> None:
