@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -247,10 +248,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that was free a moment ago; below those that systems give to outgoing
+    connections, one of which could take it before it is used."""
+    for port in random.SystemRandom().sample(range(10000, 20000), 64):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UsageError("no free TCP port from 10000 to 19999 was found in 64 tries; other programs hold them")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,157 @@
+"""Tensor styles: even and uneven parts, and log-probs over a shared-out vocabulary that equal those over the whole."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cuda_ext.linear_log_probs import reference
+from framework.core.runtime import Runtime
+from framework.parallel.apply import Plan, apply
+from framework.parallel.collectives import Ranks
+from framework.parallel.config import ParallelConfig
+from framework.parallel.mesh import Mesh, build_mesh
+from framework.parallel.tensor import (
+    VocabularyLogProbs,
+    all_places,
+    columns,
+    own_places,
+    places,
+    rows,
+    span,
+    vocabulary,
+)
+from tests.distributed import run_ranks
+
+VOCAB, WIDTH, LABELS = 37, 6, 11
+
+
+class Place:
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(37, 4), (8, 4), (5, 5), (3, 4)])
+def test_spans_tile_and_differ_by_one_at_most(size: int, ranks: int) -> None:
+    spans = [span(size, Place(rank, ranks)) for rank in range(ranks)]  # type: ignore[arg-type]
+    assert [first for first, _ in spans] == [sum(length for _, length in spans[:rank]) for rank in range(ranks)]
+    assert sum(length for _, length in spans) == size
+    lengths = [length for _, length in spans]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hidden, weight, labels, what the scores are weighted with)."""
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, WIDTH, generator=random, dtype=torch.float64) for n in (LABELS, VOCAB))
+    return hidden, weight, torch.randint(VOCAB, (LABELS,), generator=random), torch.randn(2, LABELS, generator=random)
+
+
+def _log_probs(runtime: Runtime, temperature: float, chunk: int) -> dict[str, Tensor]:
+    import framework.parallel.tensor as module
+
+    module._CHUNK_LOGITS = chunk
+    ranks = build_mesh(ParallelConfig("tp", tensor=0), runtime).ranks("tensor")
+    hidden, weight, labels, weights = tensors()
+    first, length = span(VOCAB, ranks)
+    mine = weight[first : first + length].clone().requires_grad_()
+    hidden.requires_grad_()
+    log_probs, entropy = VocabularyLogProbs(temperature, VOCAB, ranks)(hidden, mine, labels, VOCAB, True)
+    assert entropy is not None
+    (log_probs * weights[0] + entropy * weights[1]).sum().backward()
+    assert hidden.grad is not None
+    assert mine.grad is not None
+    whole = ranks.sum(hidden.grad, "the gradient, which is a sum over the vocabulary")
+    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), "hidden": whole, "weight": mine.grad}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1 << 25, 8])  # whole, and in pieces that are computed again
+def test_log_probs_entropy_and_gradients_are_those_of_the_whole_vocabulary(
+    ranks: int, temperature: float, chunk: int
+) -> None:
+    hidden, weight, labels, weights = tensors()
+    hidden.requires_grad_(), weight.requires_grad_()
+    log_probs, entropy = reference.linear_log_probs(
+        hidden, weight, labels, temperature=temperature, vocab_size=VOCAB, with_entropy=True
+    )
+    assert entropy is not None
+    (log_probs * weights[0] + entropy * weights[1]).sum().backward()
+    found = run_ranks(_log_probs, ranks, temperature, chunk)
+    for rank in found:
+        for name, whole in (("log_probs", log_probs), ("entropy", entropy), ("hidden", hidden.grad)):
+            torch.testing.assert_close(rank[name], whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([rank["weight"] for rank in found]), weight.grad, rtol=1e-12, atol=1e-12)
+
+
+class Block(nn.Module):
+    """A norm, two matrices and what the styles are for; 7 inner columns go over 2 ranks unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.place = nn.Embedding(8, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.inner = nn.ModuleDict({"up": nn.Linear(WIDTH, 7), "down": nn.Linear(7, WIDTH)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embedding(ids) + self.place(torch.arange(ids.shape[1]).unsqueeze(0)))
+        return x + self.inner["down"](torch.tanh(self.inner["up"](x)))
+
+
+STYLES = {
+    "embedding": vocabulary,
+    "place": own_places,
+    "norm": places,
+    "inner.up": columns,
+    "inner.down": rows,
+}
+
+
+def _block(runtime: Runtime) -> dict[str, Any]:
+    torch.manual_seed(0)
+    whole = Block().double()
+    ids = torch.randint(VOCAB, (3, 8))
+    (whole(ids) * torch.arange(8).view(1, 8, 1)).sum().backward()
+    mesh = build_mesh(ParallelConfig("tp", tensor=0), runtime)
+    ranks = mesh.ranks("tensor")
+    cut = Block().double()
+    parts = apply(cut, Plan([], {**STYLES, "inner.up": _gathering}), mesh)
+    for name, parameter in cut.named_parameters():
+        box = tuple(slice(offset, offset + length) for offset, length in parts[name].box)
+        parameter.data.copy_(whole.get_parameter(name).detach()[box])
+    mine = torch.arange(8).view(1, 8, 1).chunk(ranks.size, dim=1)[ranks.rank]
+    (cut(ids) * mine).sum().backward()
+    far = {}
+    for name, parameter in cut.named_parameters():
+        assert parameter.grad is not None
+        gradient = ranks.sum(parameter.grad, name) if parts[name].summed_over else parameter.grad
+        box = tuple(slice(offset, offset + length) for offset, length in parts[name].box)
+        expected = whole.get_parameter(name).grad
+        assert expected is not None
+        far[name] = float((gradient - expected[box]).abs().max())
+    return {"far": far, "speaks": {name: part.speaks for name, part in parts.items()}, "rank": ranks.rank}
+
+
+def _gathering(module: nn.Module, ranks: Ranks) -> Any:
+    """Columns that gather their input's places themselves; a block does it for all its matrices at once."""
+    return columns(module, ranks) | all_places(module, ranks)
+
+
+def test_every_gradient_is_whole_or_says_over_what_it_must_be_summed() -> None:
+    for rank in run_ranks(_block, 2):
+        assert max(rank["far"].values()) < 1e-12, rank["far"]
+        whole = {"place.weight", "norm.weight", "norm.bias", "inner.down.bias"}
+        assert {name for name, speaks in rank["speaks"].items() if not speaks} == (whole if rank["rank"] else set())
+
+
+def test_alone_a_style_changes_nothing() -> None:
+    torch.manual_seed(0)
+    module, ids = Block(), torch.arange(6).view(2, 3)
+    before = module(ids)
+    apply(module, Plan([], STYLES), Mesh())
+    for name, parameter in module.named_parameters():
+        assert parameter.shape == Block().get_parameter(name).shape
+    assert module(ids).shape == before.shape
