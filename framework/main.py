@@ -33,7 +33,7 @@ TOOLS = {
     "status": ("watch", "RUN: where a run stands"),
     "compare": (
         "compare",
-        "RUN RUN: what differs: recipe, origin, figures, curves, and from which step on the weights",
+        "RUN RUN: what differs: recipe, origin, figures, curves, and the first step, tensor and rank",
     ),
     "report": ("watch", "RUN: write report.html again from what lies in the run folder"),
     "slurm": ("slurm", "STAGE WORDS...: the stage on all nodes of this Slurm job; sbatch launch/slurm calls it"),

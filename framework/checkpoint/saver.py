@@ -53,6 +53,13 @@ class Saver:
         """Save `parts` as they are now as the checkpoint of `step`; see `CheckpointManager.save`. Waits for the save
         before it, and raises what that one met. Collective."""
         self.finish()
+        with deadline(f"saving step {step}", patient=True):
+            self._begin(step, parts, state, metrics)
+
+    def _begin(
+        self, step: int, parts: Mapping[str, Shards], state: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Save at once, or copy and leave the rest to a thread."""
         if not self._manager.config.background:
             self._manager.save(step, parts, state, metrics)
             if self._manager.rank == 0:

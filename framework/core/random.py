@@ -66,6 +66,17 @@ def normal(key: Key, index: Tensor) -> Tensor:
     return left + within * (quantiles[cell + 1] - left)
 
 
+def signs(key: Key, index: Tensor) -> Tensor:
+    """[4, N] int8 of -1 and 1: four fair signs for each int64 of `index` [N]. 32 neighbours share a draw, and all
+    between the least and the greatest are drawn, so they should be near each other."""
+    first, last = (int(end) >> 5 for end in index.aminmax())
+    cells = torch.arange(first, last + 1, device=index.device)
+    nothing = torch.zeros_like(cells)
+    words = torch.stack(philox(key, (cells & _MASK, (cells >> 32) & _MASK, nothing, nothing))).to(torch.int32)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=index.device)).to(torch.int8) & 1
+    return (bits.view(4, -1) * 2 - 1).index_select(1, index - (first << 5))
+
+
 def shuffled(seed: int, name: str, size: int, positions: np.ndarray) -> np.ndarray:
     """Entry r of a permutation of range(size) for each r in `positions` (int64), without making the permutation.
 

@@ -32,7 +32,7 @@ from framework.engine.flops import Work, training_work
 from framework.engine.micro_batches import without_empty
 from framework.engine.passes import Passes, Straight
 from framework.engine.precision import COMPUTE
-from framework.engine.protocol import LossFn, StepReport
+from framework.engine.protocol import LossFn, Piece, StepReport
 from framework.models.config import ModelConfig
 from framework.models.scorer import Scorer, logical_name
 from framework.models.transformer import Transformer
@@ -187,6 +187,12 @@ class DeepSpeedEngine:
         bits = torch.zeros(stretch.shape.numel(), dtype=torch.int32, device=self.device)
         bits[stretch.start : stretch.start + len(stretch.master)] = stretch.master.float().view(torch.int32)
         return self.ranks.sum(bits, stretch.name).view(torch.float32).view(stretch.shape)
+
+    def pieces(self, gradients: bool = False) -> Iterator[Piece]:
+        """See `protocol.Engine`: of the fp32 masters. Gradients DeepSpeed reduces into buffers of its own."""
+        for stretch in () if gradients else self._stretches:
+            for box, part in stretch.parts(stretch.master):
+                yield Piece(stretch.name, tuple(stretch.shape), box, part.float(), True)
 
     def fingerprints(self) -> dict[str, int]:
         """See `protocol.Engine`: of the fp32 masters, which `weights` gives."""

@@ -20,7 +20,9 @@ from framework.engine.metrics import means, merge
 from framework.engine.pace import Pace
 from framework.engine.profiler import profiling
 from framework.engine.protocol import Engine, LossFn, StepReport
+from framework.engine.sketch import Tracer
 from framework.tracking.config import DIGEST
+from framework.tracking.divergence import Trace
 
 Figures = dict[str, float]
 PART = "trainer"  # of a checkpoint: the engine's shards
@@ -38,6 +40,7 @@ class Journal(Protocol):
 
     def log(self, step: int, figures: Mapping[str, float | str]) -> None: ...
     def advance(self, step: int, total: int) -> None: ...  # cheap, every step
+    def trace(self, step: int, trace: Trace) -> None: ...  # what two runs are compared by
     def flush(self) -> None: ...  # after a checkpoint, beside the steps: what is elsewhere is brought up to date
     def cut_back(self, step: int) -> None: ...  # forget what came after `step`; all, where it is -1
 
@@ -92,11 +95,12 @@ def train(
     is written while training goes on. Raises Interrupted, after saving, once any rank was asked to stop; a validation
     is broken off for it, and is the first thing that a continued run does.
     """
-    course = resume(engine, manager)
+    course, tracer = resume(engine, manager), Tracer(engine, folder.trace, digest_every)
     folder.cut_back(course.logged)
     if course.step == 0:
         course.before = _named("valid", evaluate(engine, valid, loss_fn, stop)) if valid else {}
         _log(folder, 0, course.before, _digest(engine, 0, digest_every))
+        tracer.write(0)
 
     pace = Pace(peak_flops)
     figures: Figures = {}  # of one step
@@ -104,13 +108,12 @@ def train(
     with Saver(manager, then=folder.flush) as saver, profiling(profile) as step_was_profiled:
 
         def save(figures: Figures) -> None:
-            with deadline(f"saving step {course.step}", patient=True):
-                saver.save(course.step, {PART: engine.shards()}, asdict(course), figures)
+            saver.save(course.step, {PART: engine.shards()}, asdict(course), figures)
 
         while course.step < total_steps or course.owed is not None:
             speed = {}
             if course.owed is None:
-                done = update(engine, loader, loss_fn, course, pace)
+                done = update(engine, loader, loss_fn, course, pace, tracer)
                 step_was_profiled()
                 course.owed = {}
                 if course.step == total_steps or _due(course.step, every):
@@ -127,6 +130,7 @@ def train(
             course.owed = None
             course.figures |= figures
             _log(folder, course.step, figures | speed, _digest(engine, course.step, digest_every))
+            tracer.write(course.step)
             progress(course.step, **_shown(figures))
             asked = agreed(stop.exit_code)
             saver.look()
@@ -147,12 +151,16 @@ def resume(engine: Engine, manager: CheckpointManager) -> Course:
     return Course(**checkpoint.state)
 
 
-def update(engine: Engine, loader: Batches, loss_fn: LossFn, course: Course, pace: Pace) -> tuple[Metrics, StepReport]:
+def update(
+    engine: Engine, loader: Batches, loss_fn: LossFn, course: Course, pace: Pace, tracer: Tracer
+) -> tuple[Metrics, StepReport]:
     """One optimizer step. Collective."""
     with pace:
         metrics = engine.forward_backward(loader.batch(course.step), loss_fn)
+        tracer.look(course.step + 1)
         report = engine.step()
         pace.add(report.work)
+        tracer.tokens = report.work.tokens
     course.step += 1
     course.skipped += report.skipped
     return metrics, report

@@ -22,6 +22,19 @@ class StepReport:
     work: Work  # since the last step, over all ranks
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The part of a logical tensor that a rank holds. Example, half of one: Piece("norm.weight", (8,), ((0, 4),), ...)
+
+    Of the ranks that hold the same part, one `speaks` for it."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole
+    box: Box
+    tensor: Tensor
+    speaks: bool
+
+
 class Engine(Protocol):
     """Collective methods must be called by every rank of the engine in the same order."""
 
@@ -51,6 +64,10 @@ class Engine(Protocol):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, full tensor) of every parameter, one at a time. Collective."""
+
+    def pieces(self, gradients: bool = False) -> Iterator[Piece]:
+        """What this rank holds of every parameter, copies that others speak for included; or of every gradient since
+        the last step. Collective. An engine whose gradients cannot be had gives none of them."""
 
     def fingerprints(self) -> dict[str, int]:
         """The hash of this rank's part of every parameter, by logical name; over ranks they add up modulo 2**64."""

@@ -23,7 +23,7 @@ from framework.engine.passes import Carrier, Passes, Straight
 from framework.engine.pipelined import Pipelined
 from framework.engine.plan import check, lay_out, stages_of
 from framework.engine.precision import COMPUTE, MASTER, computing_in
-from framework.engine.protocol import LossFn, StepReport
+from framework.engine.protocol import LossFn, Piece, StepReport
 from framework.models.config import ModelConfig
 from framework.models.scorer import Scorer, logical_name
 from framework.models.transformer import Transformer
@@ -216,6 +216,12 @@ class TorchEngine:
         mine = self.holdings.gradients()
         for name in self.holdings.shapes:
             yield name, self.holdings.whole(name, mine.get(name))
+
+    def pieces(self, gradients: bool = False) -> Iterator[Piece]:
+        """See `protocol.Engine`."""
+        held, owned = self.holdings, set(self.holdings.owned)
+        for name, tensor in (held.gradients() if gradients else held.locals()).items():
+            yield Piece(name, tuple(held.shapes[name]), held.box(name), tensor, name in owned)
 
     def fingerprints(self) -> dict[str, int]:
         """See `protocol.Engine`."""

@@ -79,6 +79,7 @@ def describe(comparison: Comparison, steps: int) -> list[str]:
     if not (left.finished and right.finished):
         lines.append("  versions and commit are known once both have finished")
     lines.append(f"weights: {comparison.weights}")
+    lines += [f"tensors: {said}" for said in comparison.tensors]
     lines += _figure_lines(comparison.figures)
     return lines + _curve_lines(comparison.curves, steps)
 

@@ -72,7 +72,7 @@ def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: A
     job.folder.cut_back(saved)
     if not state.before:
         state = replace(state, before=assessor.assess(0))
-        if first := weights_digest(config, roles, 0):
+        if first := weights_digest(job, config, roles, 0):
             job.folder.log(0, first)
     total = config.ppo.iterations
 
@@ -89,7 +89,7 @@ def improve(job: Job, config: PpoRun, roles: Roles, prompts: Loader, assessor: A
                 if saved != state.iteration:
                     save({})
                 raise
-            job.folder.log(state.iteration, {**figures, **weights_digest(config, roles, state.iteration)})
+            job.folder.log(state.iteration, {**figures, **weights_digest(job, config, roles, state.iteration)})
             job.folder.advance(state.iteration, total)
             progress(state.iteration, score=figures["ppo/score/mean"], kl=figures["ppo/kl/response"])
             asked, every = roles.asked(), config.checkpoint.every
@@ -114,10 +114,14 @@ def iterate(job: Job, config: PpoRun, roles: Roles, prompts: Loader, state: Stat
     return replace(state, iteration=state.iteration + 1, kl_coefficient=coefficient), figures
 
 
-def weights_digest(config: PpoRun, roles: Roles, iteration: int) -> dict[str, str]:
-    """The actor's digest where the recipe asks for one at this iteration: what two runs are compared by."""
+def weights_digest(job: Job, config: PpoRun, roles: Roles, iteration: int) -> dict[str, str]:
+    """The actor's digest where the recipe asks for one at this iteration, and beside it a trace: what two runs are
+    compared by."""
     every = config.tracking.digest_every
-    return {DIGEST: roles.digest()} if every and iteration % every == 0 else {}
+    if not every or iteration % every:
+        return {}
+    job.folder.trace(iteration, roles.trace())
+    return {DIGEST: roles.digest()}
 
 
 def resume(config: PpoRun, roles: Roles, manager: CheckpointManager) -> State:

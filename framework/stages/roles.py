@@ -19,11 +19,13 @@ from framework.core.signals import StopRequest
 from framework.data.hub import SCHEME
 from framework.data.loader import RowSource
 from framework.engine.plan import check
+from framework.engine.sketch import Share, trace
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.models.hub import read_folder
 from framework.stages.config import PpoRun
 from framework.stages.extensions import absolute, load_same
 from framework.stages.job import Job, located
+from framework.tracking.divergence import Trace
 from framework.workers.actor import Actor
 from framework.workers.config import MODEL, EngineSpec
 from framework.workers.critic import Critic
@@ -59,6 +61,11 @@ class Roles:
         """16 hex digits that name the bits of the actor's weights."""
         digest: str = self.actor.digest().result()
         return digest
+
+    def trace(self) -> Trace:
+        """What two runs are compared by, of the actor's weights."""
+        shares: list[list[Share]] = self.actor.shares().result()
+        return trace([], shares)
 
     def answer(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
         """`samples` responses a prompt from the policy last published. A safe point while it waits, and at the end."""

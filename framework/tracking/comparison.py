@@ -15,6 +15,7 @@ from framework.core.config import differences, flatten
 from framework.core.errors import UsageError
 from framework.tracking.chart import Chart, draw
 from framework.tracking.config import DIGEST
+from framework.tracking.divergence import Trace, by_bits, by_bound, read_traces, same_layout, torn
 from framework.tracking.journal import read_lines, read_object
 from framework.tracking.status import Status, read_status
 
@@ -36,6 +37,7 @@ class Recorded:
     figures: dict[str, float]  # final ones; {} before it has finished
     curves: dict[str, Curve]
     digests: dict[int, str]  # step -> of the weights
+    traces: dict[int, Trace]  # step -> of every tensor
 
     @property
     def finished(self) -> bool:
@@ -58,6 +60,7 @@ def read_run(folder: Path) -> Recorded:
         figures=_numbers(summary.get("figures", {})),
         curves=_curves(lines),
         digests={int(line["step"]): str(line[DIGEST]) for line in lines if DIGEST in line},
+        traces=read_traces(folder),
     )
 
 
@@ -111,6 +114,19 @@ class Comparison:
         before = max((step for step in common if step < differing), default=None)
         start = "different from the first digest on" if before is None else f"the same bits up to step {before}"
         return f"{start}, different at step {differing}{self._excuse()}"
+
+    @property
+    def tensors(self) -> list[str]:
+        """Sentences: which tensors differ first, by the bits under one layout, else by the bound; [] without traces."""
+        left, right = self.left.traces, self.right.traces
+        found = []
+        if left.keys() & right.keys():
+            alike = same_layout(left, right) and not self.layout
+            recipe = self.left.recipe
+            precision, lr = str(recipe.get("engine.precision", "fp32")), float(recipe.get("optim.lr") or 0.0)
+            found = [by_bits(left, right) if alike else by_bound(left, right, precision, lr)]
+        sides = {"left": left, "right": right}
+        return found + [f"{side}: {said}" for side, traces in sides.items() if (said := torn(traces))]
 
     def charts(self) -> list[Chart]:
         """Every common curve, both runs in one picture."""

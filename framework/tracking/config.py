@@ -15,7 +15,7 @@ class TrackingConfig:
     project: str = "framework"
     group: str = ""
     every: int = 10  # steps between logged ones
-    digest_every: int = 0  # steps, or PPO's iterations, between digests of the weights in metrics.jsonl; 0 = none
+    digest_every: int = 0  # steps, or PPO's iterations, between digests and traces (docs/watching.md); 0 = none
     progress: bool = True  # bar with ETA on a terminal, a line now and then elsewhere
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
     config.yaml     the whole recipe, resolved          status.json    state, step, total, ETA, attempt, last error
     metrics.jsonl   one object a logged step            summary.json   final figures; it stands there when all is done
     samples.jsonl   what the model said on the way      logs/          ROLE-RANK.log
+    digests.jsonl   what two runs are compared by       (see `divergence`)
     checkpoints/    see `checkpoint`                    model/         the result, in the Hugging Face format
 
 Figures are logged before the checkpoint of their step is saved; then `cut_back` to a restored step leaves neither holes
@@ -26,6 +27,7 @@ import yaml
 from framework.core.errors import FrameworkError, UsageError
 from framework.tracking.atomic import replace_json, replace_text
 from framework.tracking.config import TrackingConfig
+from framework.tracking.divergence import FILE, Trace
 from framework.tracking.identity import Identity, identify, refuse
 from framework.tracking.provenance import provenance
 from framework.tracking.remote import Remote, Unreachable
@@ -114,6 +116,11 @@ class RunFolder:
         if self._may_write():
             _append(self.path / "samples.jsonl", {"step": step, **record})
 
+    def trace(self, step: int, trace: Trace) -> None:
+        """Append one object to digests.jsonl."""
+        if self._may_write():
+            _append(self.path / FILE, {"step": step, **trace.record()})
+
     def advance(self, step: int, total: int) -> None:
         """Tell status.json that `step` of `total` is done. Cheap: it writes at most twice a second."""
         if not self.is_main:
@@ -140,7 +147,7 @@ class RunFolder:
         """Forget what was logged after `step`; -1, where nothing was restored, forgets all."""
         if not self._may_write():
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", FILE):
             path = self.path / name
             if path.exists():
                 kept = [line for line in _whole_lines(path) if 0 <= _step_of(line) <= step]

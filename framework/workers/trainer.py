@@ -15,6 +15,7 @@ from framework.core.records import Box, ReadBox
 from framework.core.runtime import Runtime
 from framework.engine.build import build_engine
 from framework.engine.protocol import Engine
+from framework.engine.sketch import Share, take
 from framework.models.hub import read_folder, save_weights
 from framework.workers.config import EngineSpec
 
@@ -79,6 +80,11 @@ class Trainer:
     def digest(self) -> str:
         """16 hex digits that name the bits of all parameters, however they are laid out."""
         return self.engine.digest()
+
+    @every
+    def shares(self) -> list[Share]:
+        """What this rank says of its parts of the weights, for a trace."""
+        return take(self.engine.pieces())
 
 
 def _with_zero_head(read: ReadBox) -> ReadBox:

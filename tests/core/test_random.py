@@ -176,3 +176,19 @@ def test_the_stream_visits_everything_once_an_epoch_and_starts_anywhere() -> Non
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert list(itertools.islice(random.shuffled_stream(0, "data", 10, start=17), 18)) == stream[17:]
+
+
+def test_signs_are_fair_independent_and_a_function_of_the_place() -> None:
+    index = torch.arange(1 << 16)
+    drawn = random.signs(random.key(0, "w"), index)
+    assert set(drawn.unique().tolist()) == {-1, 1}
+    assert torch.equal(drawn[:, 77:], random.signs(random.key(0, "w"), index[77:]))
+    odd = torch.tensor([5, 3, 700, 3])
+    assert torch.equal(random.signs(random.key(0, "w"), odd)[:, 1], drawn[:, 3])
+    assert not torch.equal(random.signs(random.key(0, "w"), index[:64] + (1 << 40)), drawn[:, :64])
+    rows = torch.cat([drawn, random.signs(random.key(0, "v"), index)]).double()
+    means = rows @ rows.T / len(index)
+    assert (means - torch.eye(8)).abs().max() < 5 / len(index) ** 0.5  # five standard deviations
+    assert rows.mean(dim=1).abs().max() < 5 / len(index) ** 0.5
+    neighbours = (drawn[:, 1:] * drawn[:, :-1]).double().mean(dim=1)
+    assert neighbours.abs().max() < 5 / len(index) ** 0.5

@@ -21,6 +21,7 @@ from framework.core.signals import StopRequest, stop_request
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.loop import Outcome, evaluate, train
 from framework.engine.torch_engine import TorchEngine
+from framework.tracking.divergence import GRADIENTS, WEIGHTS, Trace
 from tests.distributed import run_ranks
 from tests.engine.cases import FSDP, SINGLE, build, language_loss, packed, weights
 
@@ -48,7 +49,7 @@ class Journal:
     """Keeps in a file what a run folder would, timing left out."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.traces = path, dict[int, Trace]()
 
     @property
     def lines(self) -> list[dict[str, float]]:
@@ -57,6 +58,9 @@ class Journal:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         kept = {name: value for name, value in figures.items() if "per_second" not in name}
         self.path.write_text("".join(json.dumps(line) + "\n" for line in [*self.lines, {"step": step, **kept}]))
+
+    def trace(self, step: int, trace: Trace) -> None:
+        self.traces[step] = trace
 
     def advance(self, step: int, total: int) -> None:
         assert 0 < step <= total
@@ -164,6 +168,12 @@ def test_digests_stand_at_their_steps_and_name_the_weights(tmp_path: Path) -> No
     assert sorted(digests) == [0, 3, 6]
     assert len(set(digests.values())) == 3
     assert digests[6] == engine.digest()
+    assert sorted(journal.traces) == [0, 3, 6]
+    assert not journal.traces[0].tensors[GRADIENTS]
+    weight = dict(engine.weights())["norm.weight"]
+    sketch = journal.traces[6].tensors[WEIGHTS]["norm.weight"]
+    assert (sketch.size, sketch.norm) == (weight.numel(), pytest.approx(float(weight.norm())))
+    assert journal.traces[6].tensors[GRADIENTS].keys() == dict(engine.weights()).keys()
     with pytest.raises(Interrupted):
         go(tmp_path / "stopped", stop_at=3, digest_every=3)
     _, _, rest = go(tmp_path / "stopped", digest_every=3)
