@@ -97,7 +97,8 @@ of all {ROWS} rows, two to a micro-batch; at such sizes they say how layouts com
 
 *replicate* and *shard* ranks take rows of their own and hold copies or shards of the parameters (`parallel=ddp`,
 `fsdp`, `hsdp`); *context* ranks share out a row's places, by a ring or by an exchange of heads; *tensor* ranks every
-matrix; *pipeline* ranks the layers.
+matrix; *pipeline* ranks the layers. ZeRO by DeepSpeed is held to the same measure elsewhere
+([layouts](architecture.md#layouts)).
 
 | layout | ranks | collectives | bytes | fp64 | fp32, first | fp32, later | bf16, first | another update | status |
 |---|---|---|---|---|---|---|---|---|---|"""
