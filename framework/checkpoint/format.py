@@ -12,8 +12,9 @@ reads what any other has written. Left out: when to write and what to believe (`
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -38,7 +39,8 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _CHUNK = 1 << 24  # bytes that are written and hashed at a time
-_TOGETHER = 8  # tensors that are fingerprinted together: one that is not contiguous is copied for it
+_BEHIND = 16  # of these, hashing may be behind the writing
+_TOGETHER = 16  # tensors that are fingerprinted together: one that is not contiguous is copied for it
 
 
 @dataclass(frozen=True)
@@ -214,27 +216,30 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def _write_safetensors(path: Path, held: Sequence[Piece], point: Callable[[], None]) -> tuple[str, int, dict[str, int]]:
     """Sha256 and size of the file written, and the hash of each tensor by key. The safetensors library would want all
-    tensors on the CPU at once, unshared, and the file read again for its hash; here one tensor at a time is moved, and
-    is written, hashed and fingerprinted side by side: all three let go of Python's lock."""
-    digest, hashes, groups = sha256(), dict[str, int](), _alike(held)
-    with path.open("wb") as stream, ThreadPoolExecutor(2) as aside:
+    tensors on the CPU at once, unshared, and the file read again for its hash; here one tensor after another is moved,
+    and both hashes are taken beside the writing, by threads that may fall behind it a little. All of them work without
+    Python's lock."""
+    digest, groups, behind = sha256(), _alike(held), deque[Future[None]]()
+    with path.open("wb") as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as other:
 
         def put(content: bytes | memoryview) -> None:
             point()
-            hashed = aside.submit(digest.update, content)
+            behind.append(hasher.submit(digest.update, content))
             stream.write(content)
-            hashed.result()
+            if len(behind) > _BEHIND:
+                behind.popleft().result()
 
+        fingerprints = [other.submit(_fingerprints, group) for group in groups]
         put(_header([piece for group in groups for piece in group]))
-        for group in groups:
-            fingerprints = aside.submit(_fingerprints, group)
-            for piece in group:
-                content = piece.content()
-                for start in range(0, len(content), _CHUNK):
-                    put(content[start : start + _CHUNK])
-            hashes |= fingerprints.result()
+        for piece in (piece for group in groups for piece in group):
+            content = piece.content()
+            for start in range(0, len(content), _CHUNK):
+                put(content[start : start + _CHUNK])
         stream.flush()
         os.fsync(stream.fileno())
+        hashes = {key: hash_ for found in fingerprints for key, hash_ in found.result().items()}
+        for hashed in behind:
+            hashed.result()
         return digest.hexdigest(), stream.tell(), hashes
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import contest, preparation, sft, startup, step
+from tests.benchmarks import contest, preparation, saving, sft, startup, step
 from tests.benchmarks.contest import Lap, Laps, Pledge, Run
 from tests.benchmarks.material import long_conversations, write_records
 
@@ -65,6 +65,14 @@ def test_both_ways_to_prepare_make_the_same_tokens(task: sft.Task, kind: str) ->
     lines = run_once(preparation.contestants(preparation.Task(task.model, file, kind, 1, 1024)), task.place)
     assert len({line.lap for line in lines}) == 1
     assert lines[0].lap[1] > 3000
+
+
+def test_checkpoints_and_torch_s_files_hold_the_same_bytes(tmp_path: Path) -> None:
+    for title, rivals in saving.contestants(saving.Task(width=16, layers=1, threads=1)).items():
+        (tmp_path / title).mkdir()
+        lines = run_once(rivals, tmp_path / title)
+        assert len({line.lap for line in lines}) == 1
+        assert lines[0].pledge.equal["bytes"] > 3 * 4 * 8192 * 16
 
 
 def test_samples_of_the_large_file_differ() -> None:
