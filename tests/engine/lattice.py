@@ -49,7 +49,7 @@ MODEL = ModelConfig(
     mlp_bias=True,
 )
 OPTIM = OptimConfig(lr=0.01, eps=1e-5, schedule=Schedule.COSINE, warmup=0.1, clip=1.0)
-STEPS, ROWS, PLACES, MICRO = 5, 8, 13, 2
+STEPS, ROWS, PLACES, MICRO = 5, 8, 13, 4
 _REPLICATED = "replicate"
 AXES = (_REPLICATED, "shard", "context", "tensor", "pipeline")
 

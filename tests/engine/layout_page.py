@@ -93,7 +93,7 @@ by the measure of law Layout: max|Δ| ≤ tol × max(max|x|, RMS of all), per te
 *Another update* is that of SFT, of the reward model, of the actor (clipped, with an entropy bonus) or of the critic, in
 turn, in fp64. Under every layout a checkpoint of one process is read and written again, too: each tensor keeps its
 hash, optimizer states included. *Collectives* and *bytes* are what rank 0 takes part in and hands over in one fp32 step
-of all {ROWS} rows, two to a micro-batch; at such sizes they say how layouts compare, not what a real model sends.
+of all {ROWS} rows, four to a micro-batch; at such sizes they say how layouts compare, not what a real model sends.
 
 *replicate* and *shard* ranks take rows of their own and hold copies or shards of the parameters (`parallel=ddp`,
 `fsdp`, `hsdp`); *context* ranks share out a row's places, by a ring or by an exchange of heads; *tensor* ranks every
