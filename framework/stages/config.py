@@ -194,12 +194,12 @@ class PpoRun(RunConfig):
             f"batch.size={self.batch.size} does not divide rollout.prompts x rollout.samples = {responses}; "
             f"choose {divisors}",
         )
-        self.batch.micro(self.parallel.data_size(self.cluster.workers))
-        _refuse_compiled(self.engine, self.parallel)
         require(
             self.cluster.kind is ClusterKind.RAY or self.cluster.workers == 1,
             f"cluster.workers={self.cluster.workers} needs cluster=ray; in_process has one worker a role",
         )
+        self.batch.micro(self.parallel.data_size(self.cluster.workers))
+        _refuse_compiled(self.engine, self.parallel)
         require(
             not self.rollout.strict or (self.engine.precision is Precision.FP32 and not self.engine.compile),
             "rollout.strict=true needs engine.precision=fp32 and engine.compile=false; see law On-policy",
