@@ -142,7 +142,7 @@ ROWS = [
     Wrong(f"{_PPO} batch.size=7", "batch.size=7 does not divide rollout.prompts x rollout.samples = 32; choose 1, 2"),
     Wrong(f"{SFT} batch.size=8", "data.train makes only 1 rows, fewer than batch.size=8", SAMPLES),
     # --- cluster words
-    Wrong(f"{_PPO} cluster.workers=3 cluster=ray", "batch.size=32 is not divisible by 3 data ranks"),
+    Wrong(f"{_PPO} cluster.workers=3 cluster=ray parallel=ddp", "batch.size=32 is not divisible by 3 data ranks"),
     Wrong(f"{_PPO} cluster.workers=2", "cluster.workers=2 needs cluster=ray"),
     Wrong(f"{_PPO} cluster=kubernetes", "unknown choice cluster=kubernetes"),
     # --- names that code must have registered
