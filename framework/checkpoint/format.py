@@ -39,7 +39,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _CHUNK = 1 << 24  # bytes that are written and hashed at a time
-_BEHIND = 16  # of these, hashing may be behind the writing
+_BEHIND = 64  # of these, hashing may be behind the writing: the disk need not wait for a processor
 _TOGETHER = 16  # tensors that are fingerprinted together: one that is not contiguous is copied for it
 
 
@@ -216,9 +216,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def _write_safetensors(path: Path, held: Sequence[Piece], point: Callable[[], None]) -> tuple[str, int, dict[str, int]]:
     """Sha256 and size of the file written, and the hash of each tensor by key. The safetensors library would want all
-    tensors on the CPU at once, unshared, and the file read again for its hash; here one tensor after another is moved,
-    and both hashes are taken beside the writing, by threads that may fall behind it a little. All of them work without
-    Python's lock."""
+    tensors on the CPU at once, unshared, and the file read again for its hash; here one tensor after another is moved.
+    Writing comes first, for the disk works alone: sha256 follows in a thread, the tensors' hashes while the disk syncs.
+    All of them work without Python's lock."""
     digest, groups, behind = sha256(), _alike(held), deque[Future[None]]()
     with path.open("wb") as stream, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as other:
 
@@ -229,12 +229,12 @@ def _write_safetensors(path: Path, held: Sequence[Piece], point: Callable[[], No
             if len(behind) > _BEHIND:
                 behind.popleft().result()
 
-        fingerprints = [other.submit(_fingerprints, group) for group in groups]
         put(_header([piece for group in groups for piece in group]))
         for piece in (piece for group in groups for piece in group):
             content = piece.content()
             for start in range(0, len(content), _CHUNK):
                 put(content[start : start + _CHUNK])
+        fingerprints = [other.submit(_fingerprints, group) for group in groups]
         stream.flush()
         os.fsync(stream.fileno())
         hashes = {key: hash_ for found in fingerprints for key, hash_ in found.result().items()}
