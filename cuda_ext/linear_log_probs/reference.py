@@ -27,8 +27,9 @@ def linear_log_probs(
     go in chunks whose logits are computed again in the backward pass instead of being kept.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    hidden, weight = hidden.to(wide), weight[:vocab_size].to(wide)
-    bias = None if bias is None else bias[:vocab_size].to(wide)
+    if vocab_size not in (None, len(weight)):  # a slice of all would cost a zeroed gradient and its copy
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    hidden, weight, bias = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
     rows = max(8, _CHUNK_LOGITS // len(weight) // 8 * 8)  # eights: strict mode needs them
     if len(hidden) <= rows:
         return _score(hidden, weight, targets, bias, temperature, with_entropy)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import contest, preparation, saving, sft, startup, step
+from tests.benchmarks import contest, layouts, preparation, saving, sft, startup, step
 from tests.benchmarks.contest import Lap, Laps, Pledge, Run
 from tests.benchmarks.material import long_conversations, write_records
 
@@ -73,6 +73,14 @@ def test_checkpoints_and_torch_s_files_hold_the_same_bytes(tmp_path: Path) -> No
         lines = run_once(rivals, tmp_path / title)
         assert len({line.lap for line in lines}) == 1
         assert lines[0].pledge.equal["bytes"] > 3 * 4 * 8192 * 16
+
+
+@pytest.mark.parametrize("layout", ["tp", "zero3"])
+def test_loops_in_one_layout_end_at_one_loss(tmp_path: Path, layout: str) -> None:
+    task = layouts.Task(width=16, layers=2, vocab=64, rows=4, places=16, steps=1, threads=1)
+    raced = contest.compete(layouts.contestants(task, layout), tmp_path, rounds=1)
+    assert 3 < raced.pledge.close["loss after two updates"] < 6
+    assert {lap.trained for laps in raced.laps.values() for lap in laps} == {64}
 
 
 def test_samples_of_the_large_file_differ() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuda_ext.adamw import op, reference
 from cuda_ext.adamw.op import adamw
 from framework.core.runtime import num_threads
 
@@ -57,6 +58,19 @@ def test_the_bits_of_an_element_do_not_depend_on_its_place(threads: int) -> None
         for start, length in ((0, 1), (1, 7), (3, 33), (17, 31), (5, 1000), (35001, 35000), (0, 35001), (2, 69999)):
             part = slice(start, start + length)
             assert all(torch.equal(a, b[part]) for a, b in zip(updated(part), whole, strict=True))
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_stretch_by_stretch_gives_the_definition_s_bits(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
+    monkeypatch.setattr(op, "_STRETCH", 5)
+    torch.manual_seed(0)
+    ours = [[torch.rand(7, 3) for _ in range(2)] + [torch.rand(1), torch.rand(0)] for _ in range(4)]
+    if not contiguous:
+        ours[1][0], ours[2][1] = torch.rand(3, 7).t(), torch.rand(3, 7).t()
+    wanted = [[tensor.clone() for tensor in tensors] for tensors in ours]
+    adamw(*ours, step=3, **HYPER)
+    reference.adamw(*wanted, step=3, **HYPER)
+    assert all(torch.equal(a, b) for mine, theirs in zip(ours, wanted) for a, b in zip(mine, theirs))
 
 
 def test_nothing_to_update_is_no_error() -> None:
