@@ -115,6 +115,7 @@ ROWS = [
     Wrong(f"{_SFT} optim.lr=inf", "optim.lr=inf must be finite"),
     Wrong(f"{_SFT} optim.clip=-1", "optim.clip=-1.0 must not be negative"),
     Wrong(f"{_SFT} parallel=zero2 parallel.shard=2", "parallel.zero=2 does not go with parallel.shard=2"),
+    Wrong(f"{_SFT} parallel=zero3 parallel.recompute=selective", "parallel.recompute=selective does not go with parallel=zero3"),
     Wrong(f"{_SFT} parallel=zero2 parallel.offload=true", "parallel.offload=true needs parallel.zero=3, not 2"),
     Wrong(f"{_SFT} parallel=zero3 parallel.zero=4", "parallel.zero=4: choose 1, 2 or 3"),
     Wrong(f"{_SFT} parallel=zero3 engine.compile=true", "engine.compile=true does not go with parallel=zero3"),

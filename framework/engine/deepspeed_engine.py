@@ -44,6 +44,7 @@ from framework.optim.schedule import learning_rate
 from framework.parallel.collectives import DATA, Ranks
 from framework.parallel.config import ParallelConfig, require_deepspeed
 from framework.parallel.mesh import build_mesh
+from framework.parallel.recompute import recompute
 
 _COUNTERS: Box = ((0, 3),)  # optim/steps: steps taken, updates made, steps skipped in a row
 
@@ -79,8 +80,9 @@ def build_deepspeed_engine(
         largest_vector=max((p.numel() for p in scorer.parameters() if p.dim() == 1), default=0),
         device=runtime.device,
     )
-    if config.compile:
-        for layer in scorer.model.layers.values():
+    for layer in scorer.model.layers.values():
+        recompute(layer, parallel.recompute)
+        if config.compile:
             layer.compile()
     _materialise(deepspeed, scorer, told, runtime)
     adamw = None if optim is None else FlatAdamW(_groups(scorer, optim), optim)

@@ -66,10 +66,15 @@ class ParallelConfig:
             self.zero == 3 or not self.offload,
             f"parallel.offload=true needs parallel.zero=3, not {self.zero}: choose parallel=zero3_offload",
         )
+        require(
+            self.zero != 3 or self.recompute is not Recompute.SELECTIVE,
+            f"parallel.recompute=selective does not go with parallel={self.name}: ZeRO-3 gathers parameters within a "
+            "block, and what is gathered cannot be told from what is computed; choose full or none",
+        )
         for axis in fields(self):
             given = getattr(self, axis.name)
             require(
-                self.zero == 0 or axis.name in ("name", "zero", "offload") or given == axis.default,
+                self.zero == 0 or axis.name in ("name", "zero", "offload", "recompute") or given == axis.default,
                 f"parallel.zero={self.zero} does not go with parallel.{axis.name}={given}: DeepSpeed serves the data "
                 "ranks alone; leave one of them out",
             )

@@ -28,7 +28,7 @@ from framework.engine.protocol import Engine, LossFn, StepReport
 from framework.models.config import ModelConfig
 from framework.models.init import parameter_shapes, random_weights
 from framework.optim.config import OptimConfig
-from framework.parallel.config import ParallelConfig
+from framework.parallel.config import ParallelConfig, Recompute
 from framework.workers.actor import PolicyLoss
 from framework.workers.config import PpoConfig
 from tests.distributed import run_ranks
@@ -58,6 +58,7 @@ pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer")  # a second an
 STEPS = 5
 STAGES = {f"zero{stage}": ParallelConfig(f"zero{stage}", zero=stage) for stage in (1, 2, 3)}
 ZERO = {**STAGES, "zero3_offload": ParallelConfig("zero3_offload", zero=3, offload=True)}
+AGAIN = [("zero2", Recompute.SELECTIVE), ("zero3", Recompute.FULL)]
 LAYOUTS = {**ZERO, "fsdp": FSDP, "ddp": DDP, "single": SINGLE}
 Held = list[tuple[str, Box, Tensor]]
 
@@ -176,11 +177,27 @@ def everything(runtime: Runtime, folder: Path, cases: list[str], layouts: list[s
         results |= {f"{layout} poison": poison_one_rank(runtime, LAYOUTS[layout]) for layout in ZERO}
         results |= {f"{layout} reference": only_infer(runtime, LAYOUTS[layout]) for layout in [*ZERO, "ddp"]}
         results |= {f"{layout} ratios": first_ratios(runtime, LAYOUTS[layout]) for layout in ZERO}
+        results |= {f"{layout} again": compute_again(runtime, ZERO[layout], how) for layout, how in AGAIN}
         results["stop"] = stop_on_nan(runtime)
         results["together"] = two_at_once(runtime)
         results["parts"] = largest_part(runtime)
         results["linear"] = torch.nn.functional.linear.__module__
     return results
+
+
+def compute_again(runtime: Runtime, parallel: ParallelConfig, how: Recompute) -> tuple[int, int, bool]:
+    """(numbers kept for backward, those kept without recomputation, the weights after a step have the same bits)."""
+    kept, after = [], []
+    for config in (replace(parallel, recompute=how), parallel):
+        engine, sizes = build(runtime, config), list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            engine.forward_backward(share(packed(8, 0), runtime), language_loss)
+        engine.step()
+        kept.append(sum(sizes))
+        after.append(engine.digest())
+    return kept[0], kept[1], after[0] == after[1]
 
 
 def poisoned(loss_fn: LossFn, runtime: Runtime, factor: float, term: float) -> LossFn:
@@ -566,6 +583,14 @@ def test_a_checkpoint_goes_on_anywhere(
     for _, loss, after in courses:
         assert loss == pytest.approx(alone["losses"][2], rel=tolerance)
         assert deviation(after, alone["after"]) < 100 * tolerance
+
+
+@pytest.mark.parametrize(("layout", "how"), AGAIN)
+def test_blocks_computed_again_keep_less_and_give_the_same_bits(results: Any, layout: str, how: Recompute) -> None:
+    for r in results[2]:
+        kept, all_of_it, same = r[f"{layout} again"]
+        assert kept < all_of_it / 2
+        assert same
 
 
 @EACH
