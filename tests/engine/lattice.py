@@ -8,7 +8,7 @@ Left out: what must hold (`test_lattice`), and the page that says what came out 
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from framework.checkpoint.manager import CheckpointManager
 from framework.core.errors import UsageError
 from framework.core.records import Counts, Experience, Metrics, PreferenceBatch, Rows, Scores, TokenBatch
 from framework.core.runtime import Runtime
+from framework.engine.build import build_engine
 from framework.engine.config import EngineConfig, Precision
 from framework.engine.metrics import means
 from framework.engine.plan import check
-from framework.engine.torch_engine import TorchEngine, build_torch_engine
+from framework.engine.protocol import Engine, Piece, StepReport
 from framework.models.config import Activation, ModelConfig
 from framework.models.init import random_weights
 from framework.optim.config import OptimConfig, Schedule
@@ -187,23 +188,41 @@ def ways(sizes: dict[str, int]) -> Iterator[Layout]:
         yield Layout(world, ParallelConfig(", ".join(words), shard, context_form=form, schedule=schedule, **rest))
 
 
+def zero_lattice(world: int) -> list[Layout]:
+    """DeepSpeed's."""
+    stages = [ParallelConfig(f"zero{stage}", zero=stage) for stage in (1, 2, 3)]
+    return [Layout(world, parallel) for parallel in (*stages, ParallelConfig("zero3_offload", zero=3, offload=True))]
+
+
 def questions(index: int) -> list[Question]:
-    """What the layout of this number is asked in CI: pretraining in every precision, and in turn one other update."""
+    """What the layout of this number is asked in CI: pretraining in every precision, and in turn one other update.
+    DeepSpeed's masters are fp32 whatever computes."""
     others = [name for name in UPDATES if name != PRETRAINING]
-    return [*((PRETRAINING, precision) for precision in Precision), (others[index % len(others)], Precision.FP64)]
+    other = others[index % len(others)]
+    if index < len(LAYOUTS):
+        return [*((PRETRAINING, precision) for precision in Precision), (other, Precision.FP64)]
+    return [(PRETRAINING, Precision.FP32), (PRETRAINING, Precision.BF16), (other, Precision.FP32)]
+
+
+WORLDS = (2, 3, 4)
+LAYOUTS = [layout for world in WORLDS for layout in lattice(world)]
+ZERO = [layout for world in (2, 4) for layout in zero_lattice(world)]
 
 
 # --- what a layout computes -------------------------------------------------------------------------------------------
 
 
+Held = list[Piece]  # copies
+
+
 @dataclass(frozen=True)
 class Course:
-    """What one process saw of five steps."""
+    """What one process saw of five steps. DeepSpeed's gradients can be had of the first step alone."""
 
-    start: dict[str, Tensor]
+    start: Held
     losses: list[float]
-    gradients: list[dict[str, Tensor]]
-    weights: dict[str, Tensor]
+    gradients: list[Held]
+    weights: Held
 
 
 @dataclass(frozen=True)
@@ -226,8 +245,8 @@ class Found:
     hashes: dict[str, str]  # of a checkpoint of one process, read and written again
 
 
-def engine_of(layout: Layout, runtime: Runtime, update: Update, precision: Precision) -> TorchEngine:
-    return build_torch_engine(
+def engine_of(layout: Layout, runtime: Runtime, update: Update, precision: Precision) -> Engine:
+    return build_engine(
         MODEL,
         runtime=runtime,
         parallel=layout.parallel,
@@ -240,26 +259,36 @@ def engine_of(layout: Layout, runtime: Runtime, update: Update, precision: Preci
     )
 
 
-def share(rows: Rows, engine: TorchEngine) -> Rows:
+def share(rows: Rows, engine: Engine) -> Rows:
     """This data rank's rows, as even as can be; the rows of rank 3 of 4 have no label that counts."""
     return rows.select(torch.arange(len(rows)).tensor_split(engine.data_size)[engine.data_rank])
 
 
-def train(engine: TorchEngine, update: Update) -> tuple[Course, "Traffic"]:
+def train(engine: Engine, update: Update) -> tuple[Course, "Traffic"]:
     """Five steps: this rank's parts, and what the last step sent."""
-    start, losses, gradients = copies(engine.holdings.locals()), [], []
+    start, losses, gradients = copies(engine.pieces()), [], []
     for step in range(STEPS):
         with Traffic() as seen:
             figures = means(engine.forward_backward(share(update.rows(step), engine), update.loss_fn))
         losses.append(figures.get("loss", next(iter(figures.values()))))
-        gradients.append(copies(engine.holdings.gradients()))
+        gradients.append(copies(engine.pieces(gradients=True)))
         with seen:
-            engine.step()
-    return Course(start, losses, gradients, copies(engine.holdings.locals())), seen
+            report = engine.step()
+        if step == 0:
+            gradients[0] = gradients[0] or from_moments(engine, report)
+    return Course(start, losses, gradients, copies(engine.pieces())), seen
 
 
-def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def copies(pieces: Iterable[Piece]) -> Held:
+    return [replace(piece, tensor=piece.tensor.clone()) for piece in pieces]
+
+
+def from_moments(engine: Engine, report: StepReport) -> Held:
+    """The gradient of the first step: Adam's first moment is (1 - beta1) times what clipping has left of it."""
+    factor = (1 - OPTIM.beta1) * min(1.0, OPTIM.clip / (report.grad_norm + 1e-6))
+    kind = "optim/exp_avg/"
+    moments = ((name.removeprefix(kind), box, x) for name, box, x in engine.shards() if name.startswith(kind))
+    return [Piece(name, (), box, moment.clone() / factor, True) for name, box, moment in moments]
 
 
 class Traffic(TorchDispatchMode):
@@ -285,7 +314,7 @@ def _holds_tensors(value: Any) -> bool:
     return any(_is(x) for x in torch.utils._pytree.tree_leaves(value))
 
 
-def rewritten(engine: TorchEngine, layout: Layout, runtime: Runtime, folder: Path) -> dict[str, str]:
+def rewritten(engine: Engine, layout: Layout, runtime: Runtime, folder: Path) -> dict[str, str]:
     """Read the checkpoint that one process has written, write it from here: the hash of each tensor."""
     ranks = runtime.rank, runtime.world_size
     saved = CheckpointManager(folder / "one", CheckpointConfig(), *ranks).latest()
@@ -301,7 +330,7 @@ def visit(runtime: Runtime, layout: Layout, one: Mapping[Question, Course], fold
     for (name, precision), answer in one.items():
         engine = engine_of(layout, runtime, UPDATES[name], precision)
         mine, seen = train(engine, UPDATES[name])
-        deviations[name, precision] = compare(engine, mine, answer)
+        deviations[name, precision] = compare(mine, answer)
         if (name, precision) == (PRETRAINING, Precision.FP32):
             sent, hashes = seen, rewritten(engine, layout, runtime, folder)
     return Found(deviations, sent.count, sent.bytes, hashes)
@@ -333,27 +362,28 @@ def bound(precision: Precision) -> float:
     return unit[precision] * 4 * (ROWS * PLACES + 32 * MODEL.num_layers) ** 0.5
 
 
-def compare(engine: TorchEngine, mine: Course, one: Course) -> Deviation:
+def compare(mine: Course, one: Course) -> Deviation:
     """This rank's parts beside the same boxes of the whole."""
     losses = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(mine.losses, one.losses, strict=True))
-    first, *later = (apart(engine, a, b) for a, b in zip(mine.gradients, one.gradients, strict=True))
-    start = all(torch.equal(part, boxed(engine, name, one.start[name])) for name, part in mine.start.items())
-    return Deviation(losses, first, max(*later, apart(engine, mine.weights, one.weights)), start)
+    first, *later = (apart(a, b) for a, b in zip(mine.gradients, one.gradients, strict=True))
+    whole = {piece.name: piece.tensor for piece in one.start}
+    start = all(torch.equal(part.tensor, boxed(part, whole)) for part in mine.start)
+    return Deviation(losses, first, max(*later, apart(mine.weights, one.weights)), start)
 
 
-def apart(engine: TorchEngine, mine: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> float:
-    """The largest max|Δ| / max(max|x|, RMS of all) over tensors x of `whole`, as far as this rank holds them."""
+def apart(mine: Held, one: Held) -> float:
+    """The largest max|Δ| / max(max|x|, RMS of all) over tensors x of `one` process, as far as this rank holds them."""
+    whole = {piece.name: piece.tensor for piece in one}
     rms = float(torch.cat([x.double().flatten() for x in whole.values()]).square().mean().sqrt())
     far = 0.0
-    for name, part in mine.items():
-        if part.numel():
-            gap = (part.double() - boxed(engine, name, whole[name]).double()).abs().max()
-            far = max(far, float(gap) / max(float(whole[name].abs().max()), rms))
+    for part in (part for part in mine if part.tensor.numel()):
+        gap = (part.tensor.double() - boxed(part, whole).double()).abs().max()
+        far = max(far, float(gap) / max(float(whole[part.name].abs().max()), rms))
     return far
 
 
-def boxed(engine: TorchEngine, name: str, whole: Tensor) -> Tensor:
-    return whole[tuple(slice(offset, offset + length) for offset, length in engine.holdings.box(name))]
+def boxed(part: Piece, whole: Mapping[str, Tensor]) -> Tensor:
+    return whole[part.name][tuple(slice(offset, offset + length) for offset, length in part.box)]
 
 
 def worst(found: Sequence[Found], question: Question) -> Deviation:

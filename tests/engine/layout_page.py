@@ -12,11 +12,14 @@ from pathlib import Path
 from framework.engine.config import Precision
 from tests.distributed import run_ranks
 from tests.engine.lattice import (
+    LAYOUTS,
     MODEL,
     PLACES,
     PRETRAINING,
     ROWS,
     STEPS,
+    WORLDS,
+    ZERO,
     Course,
     Deviation,
     Found,
@@ -24,7 +27,6 @@ from tests.engine.lattice import (
     Question,
     alone,
     bound,
-    lattice,
     questions,
     refused,
     save_one,
@@ -33,8 +35,6 @@ from tests.engine.lattice import (
 )
 
 DOC = Path(__file__).resolve().parents[2] / "docs/layouts.md"
-WORLDS = (2, 3, 4)
-LAYOUTS = [layout for world in WORLDS for layout in lattice(world)]
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class Row:
     def __str__(self) -> str:
         by = {name: found for (name, precision), found in self.deviations.items() if name != PRETRAINING}
         other, second = next(iter(by.items()))
-        fp64, fp32, bf16 = (self.deviations[PRETRAINING, p] for p in (Precision.FP64, Precision.FP32, Precision.BF16))
-        figures = [max(fp64.gradient, fp64.after), fp32.gradient, fp32.after, bf16.gradient]
-        shown = " | ".join(f"{figure:.0e}" for figure in figures)
+        fp64 = self.deviations.get((PRETRAINING, Precision.FP64))
+        fp32, bf16 = (self.deviations[PRETRAINING, p] for p in (Precision.FP32, Precision.BF16))
+        exact = f"{max(fp64.gradient, fp64.after):.0e}" if fp64 else ""
+        shown = " | ".join([exact, *(f"{figure:.0e}" for figure in (fp32.gradient, fp32.after, bf16.gradient))])
         also = f"{other} {max(second.gradient, second.after):.0e}"
         return f"| {self.fixed} | {shown} | {also} | equal |"
 
@@ -97,8 +98,8 @@ of all {ROWS} rows, four to a micro-batch; at such sizes they say how layouts co
 
 *replicate* and *shard* ranks take rows of their own and hold copies or shards of the parameters (`parallel=ddp`,
 `fsdp`, `hsdp`); *context* ranks share out a row's places, by a ring or by an exchange of heads; *tensor* ranks every
-matrix; *pipeline* ranks the layers. ZeRO by DeepSpeed is held to the same measure elsewhere
-([layouts](architecture.md#layouts)).
+matrix; *pipeline* ranks the layers. The zero rows are DeepSpeed's ([layouts](architecture.md#layouts)): its masters are
+fp32 whatever computes, so the other update is in fp32, too, and of its gradients the first alone can be had.
 
 | layout | ranks | collectives | bytes | fp64 | fp32, first | fp32, later | bf16, first | another update | status |
 |---|---|---|---|---|---|---|---|---|---|"""
@@ -116,7 +117,7 @@ def measured(folder: Path) -> Iterator[Row]:
     """Row after row, each said as it comes."""
     one: dict[Question, Course] = {}
     save_one(folder)
-    for index, layout in enumerate(LAYOUTS):
+    for index, layout in enumerate([*LAYOUTS, *ZERO]):
         asked = questions(index)
         one |= {question: alone(*question) for question in asked if question not in one}
         answers = {question: one[question] for question in asked}

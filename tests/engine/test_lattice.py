@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from framework.core.runtime import Runtime
 from framework.engine.config import Precision
-from framework.parallel.config import ParallelConfig
 from tests.distributed import run_ranks
 from tests.engine.lattice import (
     AXES,
+    LAYOUTS,
     PRETRAINING,
     UPDATES,
+    WORLDS,
+    ZERO,
     Course,
     Deviation,
     Found,
@@ -24,7 +25,7 @@ from tests.engine.lattice import (
     alone,
     bound,
     compare,
-    engine_of,
+    copies,
     lattice,
     questions,
     refused,
@@ -32,7 +33,7 @@ from tests.engine.lattice import (
     visit,
     worst,
 )
-from tests.engine.layout_page import DOC, LAYOUTS, REFUSED, WORLDS, Row, row_of
+from tests.engine.layout_page import DOC, REFUSED, Row, row_of
 
 LOSSES = {Precision.FP64: 1e-10, Precision.FP32: 1e-5, Precision.BF16: 5e-3}
 
@@ -85,15 +86,22 @@ def test_a_layout_gives_one_process_s_answer(index: int, one: One, rows: list[Ro
     rows.append(row_of(LAYOUTS[index], hold(LAYOUTS[index], questions(index), one)))
 
 
+@pytest.mark.parametrize("index", range(len(ZERO)), ids=[f"{layout.name}-{layout.world}" for layout in ZERO])
+def test_zero_gives_one_process_s_answer(index: int, one: One, rows: list[Row]) -> None:
+    pytest.importorskip("deepspeed")
+    asked = questions(len(LAYOUTS) + index)
+    rows.append(row_of(ZERO[index], hold(ZERO[index], asked, one)))
+
+
 def test_the_page_says_what_was_found(rows: list[Row]) -> None:
     """Deviations are a machine's own; layouts, collectives, bytes and refusals are not. After a change write it anew:
     python -m tests.engine.layout_page"""
-    if len(rows) < len(LAYOUTS):
+    if len(rows) < len(LAYOUTS) + len(ZERO):
         pytest.skip("not all layouts were run")
     table, no = DOC.read_text(encoding="utf-8").split(REFUSED)
     for row in rows:
         assert f"| {row.fixed} |" in table
-    assert table.count("| equal |") == len(LAYOUTS)
+    assert table.count("| equal |") == len(rows)
     for world in WORLDS:
         for layout, line in refused(world):
             assert f"| {layout.name} | {layout.world} | {line} |" in no
@@ -102,13 +110,12 @@ def test_the_page_says_what_was_found(rows: list[Row]) -> None:
 def test_the_measure_sees_a_wrong_answer(one: One) -> None:
     """A gradient averaged over two ranks, and one number of the smallest tensor off by a millionth."""
     good = one.answer((PRETRAINING, Precision.FP64))
-    engine = engine_of(Layout(1, ParallelConfig()), Runtime(), UPDATES[PRETRAINING], Precision.FP64)
-    halved = [{name: g / 2 for name, g in step.items()} for step in good.gradients]
-    wrong = [{name: g.clone() for name, g in step.items()} for step in good.gradients]
-    wrong[0]["norm.weight"][3] *= 1 + 1e-6
-    assert within(compare(engine, good, good), Precision.FP64)
+    halved = [[replace(piece, tensor=piece.tensor / 2) for piece in step] for step in good.gradients]
+    wrong = [copies(step) for step in good.gradients]
+    next(piece for piece in wrong[0] if piece.name == "norm.weight").tensor[3] *= 1 + 1e-6
+    assert within(compare(good, good), Precision.FP64)
     for gradients in (halved, wrong):
-        assert not within(compare(engine, replace(good, gradients=gradients), good), Precision.FP64)
+        assert not within(compare(replace(good, gradients=gradients), good), Precision.FP64)
 
 
 def test_each_axis_meets_each_update() -> None:
