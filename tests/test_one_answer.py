@@ -1,13 +1,15 @@
 """`parallel=` as a user meets it: another word, another number of ranks, the same figures."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from framework.models.config import ModelConfig
 from tests.engine.test_layouts import bound
-from tests.test_stopping import end, fork
+from tests.test_rank_faults import KEPT, Kill, finish, suffer
+from tests.test_stopping import end, fork, newest, words
 from tests.tiny import PPO, framework, model_folders
 
 
@@ -29,6 +31,27 @@ def test_ppo_under_tensor_parallel_on_ray(tmp_path: Path) -> None:
         for name in ("ppo/score/mean", "ppo/kl/response", "actor/grad_norm", "critic/grad_norm", "critic/value_loss"):
             assert two[name] == pytest.approx(one[name], rel=tolerance, abs=tolerance), name
         assert one["actor/grad_norm"] > 0.1
+
+
+def test_the_stream_of_rows_goes_on_under_another_layout_and_world(tmp_path: Path, whole: Path) -> None:
+    """Two tensor ranks die once the checkpoint of step 4 stands; two data ranks go on from there, each with half of the
+    rows. Every step's loss is the undisturbed process's: other rows would be off by a hundredth."""
+    folder, log = tmp_path / "pretrain", tmp_path / "log"
+    assert suffer(words("pretrain", tmp_path, whole, "parallel=tp"), log, 2, Kill(0, KEPT, 2), 0.0)
+    assert newest(folder) == 4
+    finish(words("pretrain", tmp_path, whole, "parallel=fsdp"), log, 2)
+    assert json.loads((folder / "status.json").read_text())["attempt"] == 2
+    mine, its = (losses(place / "pretrain") for place in (tmp_path, whole))
+    assert list(mine) == [*range(1, 9)]
+    assert mine == pytest.approx(its, rel=bound(ModelConfig(num_layers=1), 4 * 64))
+    steps = list(its.values())
+    assert min(abs(a - b) for a, b in pairwise(steps)) > 1e-3
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """By step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def iterations(folder: Path) -> list[dict[str, float]]:
