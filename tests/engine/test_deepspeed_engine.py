@@ -497,6 +497,7 @@ def test_fp64_is_held_to_the_fp32_bound(results: Any, alone: Any, layout: str) -
     for course in (r[f"{layout} fp64"] for r in results[2]):
         assert losses(course) == pytest.approx(losses(one), rel=tolerance)
         assert deviation(course.after, one.after) < 100 * tolerance
+        assert {tensor.dtype for name, _, tensor in course.first if name != "optim/steps"} == {torch.float32}
 
 
 @EVERY
