@@ -26,7 +26,9 @@ def test_two_ranks_end_where_one_process_ends(tmp_path: Path) -> None:
     framework(*pretrain(tmp_path / "one", tmp_path / "one"), cwd=tmp_path)
     done = local(*pretrain(tmp_path / "two", tmp_path / "one", "parallel=fsdp"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"pretrain: node {socket.gethostname()}: rank 0 on cpu, rank 1 on cpu\n")
+    seats = "rank 0 on cpu at shard 0, rank 1 on cpu at shard 1"
+    node = f"pretrain: node {socket.gethostname()}: {seats}\n"
+    assert done.stdout.startswith(f"pretrain: layout: fsdp = shard 2\n{node}")
     one, two = (load_file(tmp_path / name / "pretrain/model/model.safetensors") for name in ("one", "two"))
     scale = torch.cat([w.flatten() for w in one.values()]).square().mean().sqrt()
     for name, weight in one.items():

@@ -106,7 +106,9 @@ def test_two_jobs_at_once_one_stopped_and_requeued(tmp_path: Path, trained: Path
     again = Submitted(tmp_path / "a", *words, nodes=4)
     code, errors = again.end()
     assert code == 0, errors
-    assert again.printed.splitlines()[:4] == [f"pretrain: node 127.0.0.{n + 1}: rank {n} on cpu" for n in range(4)]
+    first, *nodes = again.printed.splitlines()[:5]
+    assert first == "pretrain: layout: ddp = replicate 4"
+    assert nodes == [f"pretrain: node 127.0.0.{n + 1}: rank {n} on cpu at replicate {n}" for n in range(4)]
     subprocess.run(
         [LOCAL, "4", *pretrain(tmp_path / "local", trained, *SHORT)],
         cwd=tmp_path, env=environment() | _PYTHON, check=True, capture_output=True,

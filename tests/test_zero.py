@@ -1,5 +1,5 @@
-"""`parallel=zero…` as a user meets it: the same figures as DDP's, a killed run that ends in the same bits, PPO on it,
-and what is said where DeepSpeed is missing."""
+"""`parallel=zero…` as a user meets it: the same figures as DDP's in every stage, a killed run that ends in the same
+bits, and what is said where DeepSpeed is missing."""
 
 import importlib.abc
 import json
@@ -15,6 +15,7 @@ import pytest
 
 from framework.main import main
 from tests.test_faults import fingerprints
+from tests.test_stopping import end, fork
 from tests.tiny import PPO, WORDS, command, environment, framework, model_folders
 
 
@@ -35,8 +36,8 @@ def pretrain(folder: Path, root: Path, *words: str) -> list[str]:
     return ["pretrain", "experiment=quickstart/pretrain", *places, *common, *tiny, "cluster.workers=2", *words]
 
 
-def figures(root: Path) -> dict[str, float]:
-    summary: dict[str, dict[str, float]] = json.loads((root / "pretrain/summary.json").read_text())
+def figures(root: Path, stage: str = "pretrain") -> dict[str, float]:
+    summary: dict[str, dict[str, float]] = json.loads((root / stage / "summary.json").read_text())
     return {name: value for name, value in summary["figures"].items() if "loss" in name or name == "train/grad_norm"}
 
 
@@ -79,6 +80,25 @@ def test_ppo_in_one_process_trains_actor_and_critic_on_it(tmp_path: Path, folder
         for name in ("ppo/score/mean", "actor/grad_norm", "critic/grad_norm", "critic/value_loss"):
             assert zero.get(name) == pytest.approx(one.get(name), rel=1e-4)
     assert lines["zero3"][-1]["sync/canary_gap"] == 0.0
+
+
+CORPUS = {"sft": "sft", "reward_model": "preference"}
+
+
+@pytest.mark.parametrize(("stage", "layout"), [("sft", "zero2"), ("reward_model", "zero3")])
+def test_sft_and_reward_model_end_where_ddp_ends(stage: str, layout: str, tmp_path: Path, folder: Path) -> None:
+    """Three steps and a validation on two ranks of DeepSpeed, against one process of torch."""
+    parts = [f"data.{part}=[corpora/tang/{CORPUS[stage]}.{part}.jsonl]" for part in ("train", "valid")]
+    words = [stage, f"init_from={folder / 'policy'}", *parts, f"data.cache={folder / 'prepared'}", "data.max_tokens=32"]
+    words += ["train.steps=3", "optim.lr=1e-2", "batch.size=4", "tracking.every=1", "tracking.progress=false"]
+    words += ["device=cpu", "threads=1"]
+    log = tmp_path / "log"
+    assert end(fork([*words, f"run.root={tmp_path / 'ddp'}", "parallel=ddp"], log), log)[0] == 0
+    framework(*words, f"run.root={tmp_path / layout}", f"parallel={layout}", "cluster.workers=2", cwd=tmp_path)
+    one, two = (figures(tmp_path / name, stage) for name in ("ddp", layout))
+    assert len(one) > 2
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one["valid/loss"] != pytest.approx(one["valid/loss/before"], rel=1e-4)  # it went somewhere
 
 
 class Missing(importlib.abc.MetaPathFinder):

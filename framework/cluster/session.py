@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ class Cluster(ABC):
         """The workers of `role`, each built as worker_class(runtime=..., **kwargs). Returns before they are up; see
         Group.ready."""
 
+    @abstractmethod
+    def standing(self) -> dict[str, dict[str, dict[int, str]]]:
+        """Who stands where: role -> node -> rank -> device. Roles that share their seats are one, "actor, critic"."""
+
 
 @contextlib.contextmanager
 def open_cluster(
@@ -40,7 +44,7 @@ def open_cluster(
     extensions.
     """
     if config.kind is ClusterKind.IN_PROCESS:
-        yield _InProcess(runtime.start(device, None, deterministic, rank=0, world_size=1))
+        yield _InProcess(runtime.start(device, None, deterministic, rank=0, world_size=1), tuple(worlds))
         return
     with _ray(config, worlds, device):
         settle = {"device": device, "deterministic": deterministic, "threads": config.threads}
@@ -52,11 +56,14 @@ def open_cluster(
 
 
 class _InProcess(Cluster):
-    def __init__(self, place: runtime.Runtime):
-        self._place = place
+    def __init__(self, place: runtime.Runtime, roles: Sequence[str]):
+        self._place, self._roles = place, roles
 
     def group(self, role: str, worker_class: type, **kwargs: Any) -> Group:
         return LocalGroup(role, worker_class, {"runtime": self._place, **kwargs})
+
+    def standing(self) -> dict[str, dict[str, dict[int, str]]]:
+        return {", ".join(self._roles): runtime.standing(self._place)}
 
 
 class _OnRay(Cluster):
@@ -90,6 +97,12 @@ class _OnRay(Cluster):
         )
         self._groups.append(group)
         return group
+
+    def standing(self) -> dict[str, dict[str, dict[int, str]]]:
+        import ray
+
+        names = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeName']})" for node in ray.nodes()}
+        return {", ".join(seat.pool.roles): _standing(seat, names) for seat in self._seats.values()}
 
     def close(self) -> None:
         for group in self._groups:
@@ -125,3 +138,13 @@ def _seat(pool: Pool, config: ClusterConfig) -> Seat:
             f"free are {ray.available_resources()}"
         )
     return Seat(pool, group)
+
+
+def _standing(seat: Seat, names: Mapping[str, str]) -> dict[str, dict[int, str]]:
+    """Node -> rank -> device; which of a node's GPUs it will be, Ray says when the worker comes up."""
+    from ray.util.placement_group import placement_group_table
+
+    found: dict[str, dict[int, str]] = {}
+    for rank, node in sorted(placement_group_table(seat.group)["bundles_to_node_id"].items()):
+        found.setdefault(names[node], {})[rank] = "a GPU" if seat.pool.gpus else "cpu"
+    return found

@@ -171,16 +171,16 @@ def places(device: str, count: int) -> list[str]:
     return [_called(choose_device(device, rank)) for rank in range(count)]
 
 
-def standing(here: Runtime) -> dict[str, list[str]]:
-    """Node -> what stands there, "rank 1 on cuda:1 (NVIDIA H100 80GB HBM3)", for the whole world; empty on other ranks
-    than 0. After `start`."""
+def standing(here: Runtime) -> dict[str, dict[int, str]]:
+    """Node -> rank -> its device, "cuda:1 (NVIDIA H100 80GB HBM3)", for the whole world; empty on other ranks than 0.
+    After `start`."""
     if _store is None:
-        return {node(): [f"rank 0 on {_called(here.device)}"]}
-    _store.set(f"standing/{here.rank}", json.dumps([node(), f"rank {here.rank} on {_called(here.device)}"]))
-    found: dict[str, list[str]] = {}
+        return {node(): {0: _called(here.device)}}
+    _store.set(f"standing/{here.rank}", json.dumps([node(), _called(here.device)]))
+    found: dict[str, dict[int, str]] = {}
     for rank in range(here.world_size if here.is_main else 0):
-        where, what = json.loads(_store.get(f"standing/{rank}"))
-        found.setdefault(where, []).append(what)
+        where, device = json.loads(_store.get(f"standing/{rank}"))
+        found.setdefault(where, {})[rank] = device
     return found
 
 

@@ -113,7 +113,15 @@ class ParallelConfig:
             data % shard == 0,
             f"parallel.shard={shard} does not divide {data} data ranks; choose {_divisors(data)}, or 0 for all",
         )
-        return {"data_replicate": data // shard, "data_shard": shard, **model}
+        found = {"data_replicate": data // shard, "data_shard": shard, **model}
+        return {axis: found[axis] for axis in AXES}
+
+    def place(self, rank: int, world_size: int) -> dict[str, int]:
+        """The number of `rank` along each of AXES: what Mesh.place says on it."""
+        place = {}
+        for axis, size in reversed(self.sizes(world_size).items()):
+            rank, place[axis] = divmod(rank, size)
+        return {axis: place[axis] for axis in AXES}
 
     def check_world(self, world_size: int) -> None:
         """Refuse a world that the layout cannot fill."""

@@ -12,22 +12,28 @@ from torch import Tensor
 
 from framework.parallel.collectives import Ranks
 
+_outside = torch.compiler.disable(reason="collectives stand outside of compiled graphs")
 
+
+@_outside
 def gather_places(x: Tensor, ranks: Ranks) -> Tensor:
     """x[B,t,...] of each rank -> [B,T,...]; backward adds up what every rank's use of it says."""
     return x if ranks.group is None else _GatherPlaces.apply(x, ranks)
 
 
+@_outside
 def scatter_places(x: Tensor, ranks: Ranks) -> Tensor:
     """A summand x[B,T,...] of each rank -> this rank's places [B,t,...] of their sum."""
     return x if ranks.group is None else _ScatterPlaces.apply(x, ranks)
 
 
+@_outside
 def sum_over(x: Tensor, ranks: Ranks) -> Tensor:
     """The sum of every rank's x, for something that every rank does alike: backward is the identity."""
     return x if ranks.group is None else _Sum.apply(x, ranks)
 
 
+@_outside
 def gather_alike(x: Tensor, ranks: Ranks) -> Tensor:
     """x[B,t,...] of each rank -> [B,T,...], for something that every rank does alike: its gradient is what stands at
     its own places, nothing is added up."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from framework.cluster.ranks import run_ranks
 from framework.core.runtime import check_devices, in_world, num_gpus, places, standing, start
+from framework.parallel.words import layout_in_words, node_in_words
 from framework.stages.config import RunConfig, TrainingRun
 from framework.stages.job import Run
 
@@ -22,7 +23,8 @@ def launch(config: RunConfig) -> Run:
         _show_world(config)
         return run(config)
     devices = device_map(config)
-    print(f"{config.stage}: {', '.join(f'rank {rank} on {place}' for rank, place in enumerate(devices))}", flush=True)
+    _show(config, layout_in_words(config.parallel, len(devices)), "layout: ")
+    _show(config, node_in_words(dict(enumerate(devices)), config.parallel, len(devices)))
     if len(devices) == 1:
         return run(config)
     run_ranks(config.stage, run, config, len(devices), logs=config.folder / "logs")
@@ -45,12 +47,19 @@ def device_map(config: TrainingRun) -> Sequence[str]:
 
 
 def _show_world(config: TrainingRun) -> None:
-    """One line a node from rank 0, once all ranks have met. UsageError where they cannot work so."""
+    """The map from rank 0, once all ranks have met. UsageError where they cannot work so."""
     _check_world(config, int(os.environ["WORLD_SIZE"]))
     check_devices(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     here = start(config.device, config.threads, config.deterministic)
-    for node, ranks in standing(here).items():
-        print(f"{config.stage}: node {node}: {', '.join(ranks)}", flush=True)
+    nodes, world = standing(here), here.world_size
+    if here.is_main:
+        _show(config, layout_in_words(config.parallel, world), "layout: ")
+    for node, devices in nodes.items():
+        _show(config, node_in_words(devices, config.parallel, world), f"node {node}: ")
+
+
+def _show(config: TrainingRun, line: str, what: str = "") -> None:
+    print(f"{config.stage}: {what}{line}", flush=True)
 
 
 def _check_world(config: TrainingRun, world: int) -> None:

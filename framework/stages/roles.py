@@ -22,6 +22,7 @@ from framework.engine.plan import check
 from framework.engine.sketch import Share, trace
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.models.hub import read_folder
+from framework.parallel.words import layout_in_words, node_in_words
 from framework.stages.config import PpoRun
 from framework.stages.extensions import absolute, load_same
 from framework.stages.job import Job, located
@@ -121,6 +122,7 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
         deterministic=config.deterministic,
         prepare=partial(load_same, absolute(config.extensions), job.facts["extensions"]),
     ) as cluster:
+        _show_map(job, config, cluster)
         frozen = replace(actor, optim=None)
         groups = {
             "actor": cluster.group("actor", Actor, spec=actor, ppo=config.ppo),
@@ -133,6 +135,17 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
             group.ready()
             job.stop.leave("while the workers came up")
         yield Roles(**groups, canary=first, strict=config.rollout.strict, tokenizer=tokenizer, stop=job.stop)
+
+
+def _show_map(job: Job, config: PpoRun, cluster: Cluster) -> None:
+    """The layout, and which role's ranks stand on which node and device. Generators and rules hold all they need."""
+    world = config.cluster.workers
+    job.say(f"ppo: layout: {layout_in_words(config.parallel, world)}; every generator holds the whole policy")
+    whole = ["generator"] if config.ppo.reward == MODEL else ["generator", "reward"]
+    for roles, nodes in cluster.standing().items():
+        layout = None if roles in whole else config.parallel
+        for node, devices in nodes.items():
+            job.say(f"ppo: {roles}: node {node}: {node_in_words(devices, layout, world)}")
 
 
 def engine_specs(config: PpoRun) -> tuple[EngineSpec, EngineSpec]:

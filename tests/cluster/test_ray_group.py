@@ -1,6 +1,7 @@
 """Groups of Ray actors: the same answers as in process, and no failure that hangs or goes unnamed. One Ray for all."""
 
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,14 @@ def victim(cluster: Cluster) -> Iterator[Any]:
 def _prepare() -> None:
     os.environ["PREPARED"] = "yes"
     print("prepared")
+
+
+def test_it_is_known_who_stands_where_before_anyone_comes_up(cluster: Cluster) -> None:
+    ((roles, nodes),) = cluster.standing().items()
+    assert roles == "quad, single, victim"
+    ((node, devices),) = nodes.items()
+    assert node.startswith(f"{socket.gethostname()} (")
+    assert devices == dict.fromkeys(range(4), "cpu")
 
 
 def test_answers_equal_those_in_process(quad: Group, single: Group) -> None:

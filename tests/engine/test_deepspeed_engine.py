@@ -49,6 +49,7 @@ from tests.engine.cases import (
     value_loss,
     weights,
 )
+from tests.engine.lattice import MODEL
 from tests.engine.test_layouts import bound, share
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -181,6 +182,7 @@ def everything(runtime: Runtime, folder: Path, cases: list[str], layouts: list[s
         results["stop"] = stop_on_nan(runtime)
         results["together"] = two_at_once(runtime)
         results["parts"] = largest_part(runtime)
+        results["chain"] = [go_a_leg(runtime, layout, folder) for layout in CHAIN[:-1]]
         results["linear"] = torch.nn.functional.linear.__module__
     return results
 
@@ -368,6 +370,36 @@ def steps(engine: Engine, runtime: Runtime, *numbers: int) -> list[float]:
     return losses
 
 
+# From engine to engine: each layout takes one step from where the one before it has stopped.
+CHAIN = [STAGES["zero3"], FSDP, ParallelConfig("tp", tensor=0), SINGLE]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What a layout of the chain read, wrote at once again, and did next. Hashes are of every tensor, by name."""
+
+    read: dict[str, str]
+    written: dict[str, str]
+    loss: float
+
+
+def go_a_leg(runtime: Runtime, layout: ParallelConfig, folder: Path) -> Leg:
+    at, ranks = CHAIN.index(layout), (runtime.rank, runtime.world_size)
+    engine, hashes = build(runtime, layout, model=MODEL), [{}, {}]
+    if at:
+        found = CheckpointManager(folder / f"leg{at - 1}", CheckpointConfig(), *ranks).latest()
+        assert found is not None
+        engine.load_shards(found.reader("trainer"))
+        again = CheckpointManager(folder / f"again{at}", CheckpointConfig(), *ranks)
+        hashes = [c.hashes("trainer") for c in (found, again.save(at, {"trainer": engine.shards()}, {}))]
+    rows = packed(8, at)
+    mine = rows.select(torch.arange(8).tensor_split(engine.data_size)[engine.data_rank])
+    loss = means(engine.forward_backward(mine, language_loss))["loss"]
+    engine.step()
+    CheckpointManager(folder / f"leg{at}", CheckpointConfig(), *ranks).save(at + 1, {"trainer": engine.shards()}, {})
+    return Leg(*hashes, loss)
+
+
 # --- the launches --------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +420,7 @@ def alone(folder: Path) -> dict[str, Any]:
     results["losses"] += steps(engine, Runtime(), 2, 3)
     results["after"] = weights(engine)
     results["reference"] = only_infer(Runtime(), SINGLE)
+    results["chain"] = steps(build(model=MODEL), Runtime(), *range(len(CHAIN)))
     torch.set_num_threads(before)
     return results
 
@@ -481,6 +514,7 @@ def test_fp64_is_held_to_the_fp32_bound(results: Any, alone: Any, layout: str) -
     for course in (r[f"{layout} fp64"] for r in results[2]):
         assert losses(course) == pytest.approx(losses(one), rel=tolerance)
         assert deviation(course.after, one.after) < 100 * tolerance
+        assert {tensor.dtype for name, _, tensor in course.first if name != "optim/steps"} == {torch.float32}
 
 
 @EVERY
@@ -591,6 +625,17 @@ def test_blocks_computed_again_keep_less_and_give_the_same_bits(results: Any, la
         kept, all_of_it, same = r[f"{layout} again"]
         assert kept < all_of_it / 2
         assert same
+
+
+def test_from_deepspeed_over_fsdp_and_tp_to_one_process(results: Any, alone: Any, folder: Path) -> None:
+    """Weights and optimizer states pass every hand-over to the bit; the steps are one process's."""
+    (legs, its_legs), tolerance = [r["chain"] for r in results[2]], bound(MODEL, 8 * 13)
+    last = go_a_leg(Runtime(), SINGLE, folder)
+    for leg in [*legs[1:], *its_legs[1:], last]:
+        assert {name.split("/")[0] for name in leg.read} == {"model", "optim"}
+        assert leg.written == leg.read
+    for taken in (legs, its_legs):
+        assert [leg.loss for leg in [*taken, last]] == pytest.approx(alone["chain"], rel=tolerance)
 
 
 @EACH

@@ -4,7 +4,7 @@ One launch a world size goes through all cases; the tests then only compare. fp6
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +339,37 @@ def test_a_layout_resumes_to_the_same_bits(results: Any) -> None:
     for world in (1, 2, 4):
         for r in results[world]:
             assert all(torch.equal(r["resumed"][world][name], w) for name, w in r["pretrain"].after.items())
+
+
+# --- compiled blocks --------------------------------------------------------------------------------------------------
+
+
+EVEN = replace(TIED, num_heads=4, num_kv_heads=2)  # two ranks can share its heads
+COMPILED = [
+    ParallelConfig("tp", tensor=0),
+    ParallelConfig("cp", context=0),
+    ParallelConfig("pp", pipeline=0),
+]
+
+
+def compile_beside_eager(runtime: Runtime, layout: ParallelConfig) -> tuple[list[float], dict[str, int]]:
+    """How far the gradients of two steps are apart, and how many frames were compiled."""
+    engines = [build(runtime, layout, EngineConfig(compile=compiled), model=EVEN) for compiled in (True, False)]
+    apart = []
+    for step in range(2):
+        for engine in engines:
+            engine.forward_backward(packed(4, step), language_loss)
+        apart.append(deviation(*map(gradients, engines)))
+        for engine in engines:
+            engine.step()
+    return apart, dict(torch._dynamo.utils.counters["frames"])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", COMPILED, ids=lambda layout: layout.name)
+def test_compiled_blocks_compute_the_same_under_every_model_axis(layout: ParallelConfig) -> None:
+    """Collectives stand outside of the graphs; what is between them compiles without a frame left out."""
+    for (first, second), frames in run_ranks(compile_beside_eager, 2, layout, timeout_s=500.0, deadline_s=450.0):
+        assert first < bound(EVEN, 4 * 13)
+        assert second < 100 * bound(EVEN, 4 * 13)
+        assert frames["ok"] == frames["total"] > 0

@@ -89,8 +89,12 @@ def test_one_process_stands_alone() -> None:
     assert mesh.speaks_for_row
 
 
+STACKED = ParallelConfig("some", shard=0, tensor=2, pipeline=2)
+PLACED = (STACKED, ParallelConfig("hsdp", shard=2, context=2), ParallelConfig("zero2", zero=2))
+
+
 def _place(runtime: Runtime) -> dict[str, Any]:
-    mesh = build_mesh(ParallelConfig("some", shard=0, tensor=2, pipeline=2), runtime)
+    mesh, *others = (build_mesh(config, runtime) for config in PLACED)
     data = mesh.ranks(*DATA)
     sharing = mesh.sharing
     return {
@@ -100,6 +104,7 @@ def _place(runtime: Runtime) -> dict[str, Any]:
         "pipelines": mesh.lines("pipeline"),
         "sharing": None if sharing is None else sharing.mesh.tolist(),
         "ends": mesh.pipeline_ends().size,
+        "places": [{axis: each.place(axis) for axis in AXES} for each in (mesh, *others)],
     }
 
 
@@ -111,6 +116,8 @@ def test_tensor_ranks_stand_closest_and_stages_farthest() -> None:
     assert {str(rank["pipelines"]) for rank in ranks} == {"[[0, 4], [1, 5], [2, 6], [3, 7]]"}
     assert [rank["sharing"] for rank in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3], [4, 6], [5, 7], [4, 6], [5, 7]]
     assert {rank["ends"] for rank in ranks} == {2}
+    for number, rank in enumerate(ranks):  # what the map says before any mesh is there
+        assert rank["places"] == [config.place(number, 8) for config in PLACED]
 
 
 def _context(runtime: Runtime) -> list[list[int]] | None:

@@ -26,13 +26,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     framework("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
     done = framework(*pretrain(folder, folder), cwd=folder)
-    assert done.stdout.startswith("pretrain: rank 0 on cpu\n")
+    assert done.stdout.startswith("pretrain: layout: ddp = one process\npretrain: rank 0 on cpu\n")
     return folder
 
 
 def test_two_ranks_end_where_one_process_ends(tmp_path: Path, trained: Path) -> None:
     done = framework(*pretrain(tmp_path, trained, "cluster.workers=2"), cwd=tmp_path)
-    assert done.stdout.startswith("pretrain: rank 0 on cpu, rank 1 on cpu\n")
+    seats = "rank 0 on cpu at replicate 0, rank 1 on cpu at replicate 1"
+    assert done.stdout.startswith(f"pretrain: layout: ddp = replicate 2\npretrain: {seats}\n")
     one, two = (load_file(folder / "pretrain/model/model.safetensors") for folder in (trained, tmp_path))
     scale = torch.cat([w.flatten() for w in one.values()]).square().mean().sqrt()
     for name, weight in one.items():
