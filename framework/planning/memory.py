@@ -4,7 +4,7 @@ States are counted parameter by parameter, as the engine cuts them: a weight, it
 Rajbhandari et al. 2020, section 3.1); FSDP2, torch's fully_shard, cuts every parameter's first dimension. Activations
 stand in `activations`. The sum is of the fullest instant once gradients exist, in forward and backward or in an update.
 Left out: the allocator's slack, what collectives hold inside, the rows themselves, what a process is before a model; of
-DeepSpeed, the buckets of stages 1 and 2; with offload, what waits in host memory is counted all the same.
+DeepSpeed, the buckets of stage 1; with offload, what waits in host memory is counted all the same.
 """
 
 from dataclasses import dataclass
@@ -199,6 +199,11 @@ class _ZeroRank(_Rank):
         if self.parallel.zero < 3:
             return whole * e
         return -(-whole // self.shard) * e + min(whole, LIVE) * e + 4 * min(whole, BUCKET)
+
+    def _instants(self) -> list[tuple[int, int]]:
+        """Stage 2 has one more: a full bucket at the end of backward, and the copy that is reduced."""
+        buckets = 2 * 4 * min(count(self.table), BUCKET) if self.parallel.zero == 2 else 0
+        return [*super()._instants(), (self._gathered(backward=True) + buckets, 0)]
 
 
 def _spans(model: ModelConfig, pipeline: int, chunks: int, place: int) -> list[range]:
