@@ -201,8 +201,9 @@ class _ZeroRank(_Rank):
         return -(-whole // self.shard) * e + min(whole, LIVE) * e + 4 * min(whole, BUCKET)
 
     def _instants(self) -> list[tuple[int, int]]:
-        """Stage 2 has one more: a full bucket at the end of backward, and the copy that is reduced."""
-        buckets = 2 * 4 * min(count(self.table), BUCKET) if self.parallel.zero == 2 else 0
+        """Stages 2 and 3 have one more, the end of backward, with two buckets' worth besides: in stage 2 the bucket and
+        the copy that is reduced; in stage 3, whose bucket stays, that copy (`reduce_scatter_coalesced`) and gloo's."""
+        buckets = 2 * 4 * min(count(self.table), BUCKET) if self.parallel.zero > 1 else 0
         return [*super()._instants(), (self._gathered(backward=True) + buckets, 0)]
 
 
