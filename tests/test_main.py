@@ -90,6 +90,8 @@ def test_explain_counts_for_the_layout_s_ranks(capsys: pytest.CaptureFixture[str
 
     one, two = (float(states("parallel=fsdp", f"cluster.workers={n}").split()[-2]) for n in (1, 2))
     assert two == pytest.approx(one / 2, rel=0.01)
+    assert main(["explain", "pretrain", *words, "parallel=fsdp", "cluster.workers=2"]) == 0
+    assert "on one data rank: 1 micro-batches of 2 sequences" in capsys.readouterr().out
     assert main(["explain", "pretrain", *words, "parallel=tp", "parallel.tensor=2"]) == 0
     assert "# memory: parallel.tensor=2 needs a multiple of 2 processes" in capsys.readouterr().out
 

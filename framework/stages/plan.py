@@ -46,11 +46,10 @@ def plain(config: Any) -> dict[str, Any]:
 
 def _batch_lines(config: RunConfig) -> list[str]:
     if isinstance(config, TrainingRun):
-        micro = config.batch.micro(1)
         rows, width = config.batch.size, config.data.max_tokens
         return [
             f"one optimizer step = {rows} sequences x {width} tokens = {rows * width:,} tokens at most",
-            f"on one data rank: {rows // micro} micro-batches of {micro} sequences",
+            _share_line(config),
         ]
     if isinstance(config, PpoRun):
         responses = config.rollout.prompts * config.rollout.samples
@@ -64,13 +63,26 @@ def _batch_lines(config: RunConfig) -> list[str]:
     return []
 
 
+def _share_line(config: TrainingRun) -> str:
+    try:
+        data_ranks = config.parallel.data_size(_ranks(config))
+        micro = config.batch.micro(data_ranks)
+    except UsageError as error:  # a layout that needs other ranks, or another batch
+        return f"on one data rank: {error}"
+    return f"on one data rank: {config.batch.size // data_ranks // micro} micro-batches of {micro} sequences"
+
+
+def _ranks(config: TrainingRun) -> int:
+    return config.cluster.workers if isinstance(config.cluster.workers, int) else 1
+
+
 def _memory_lines(config: RunConfig) -> list[str]:
     if not isinstance(config, TrainingRun):
         return []
     model = _model(config)
     if model is None:
         return ["memory: known once the tokenizer, or the model of init_from, is there"]
-    ranks = config.cluster.workers if isinstance(config.cluster.workers, int) else 1
+    ranks = _ranks(config)
     try:
         memory = fullest(model, _load(config, ranks), config.parallel, ranks, _NUMBERS[config.engine.precision])
     except UsageError as error:  # a layout that needs other ranks, or another batch
