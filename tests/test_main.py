@@ -1,6 +1,7 @@
 """The command line as a user types it: help at once, every refusal one line with exit code 2."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,4 +76,33 @@ def test_explain_prints_recipe_arithmetic_and_memory(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "one optimizer step = 32 sequences x 128 tokens = 4,096 tokens" in text
     assert "4 micro-batches of 8 sequences" in text
-    assert "states on one rank" in text
+    assert "fullest rank under parallel=ddp, 1 rank holds" in text
+    assert "states: weights" in text
+    assert "activations" in text
+
+
+def test_explain_counts_for_the_layout_s_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tokenizer=t", "data.train=[a]", "model.vocab_size=1024", "batch.size=4", "engine.precision=bf16"]
+
+    def states(*more: str) -> str:
+        assert main(["explain", "pretrain", *words, *more]) == 0
+        return capsys.readouterr().out.partition("# states: ")[2].partition("\n")[0]
+
+    one, two = (float(states("parallel=fsdp", f"cluster.workers={n}").split()[-2]) for n in (1, 2))
+    assert two == pytest.approx(one / 2, rel=0.01)
+    assert main(["explain", "pretrain", *words, "parallel=fsdp", "cluster.workers=2"]) == 0
+    assert "on one data rank: 1 micro-batches of 2 sequences" in capsys.readouterr().out
+    assert main(["explain", "pretrain", *words, "parallel=tp", "parallel.tensor=2"]) == 0
+    assert "# memory: parallel.tensor=2 needs a multiple of 2 processes" in capsys.readouterr().out
+
+
+def test_explain_reads_the_architecture_of_init_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.train=[a]", f"init_from={tmp_path}"]
+    assert main(["explain", "sft", *words]) == 0
+    assert "memory: known once" in capsys.readouterr().out
+    model = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
+    model |= {"num_attention_heads": 4, "intermediate_size": 96, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    for stage in ("sft", "reward_model"):
+        assert main(["explain", stage, *words]) == 0
+        assert "133,952 parameters" in capsys.readouterr().out

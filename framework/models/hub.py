@@ -48,12 +48,7 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     are a CheckpointError that names them.
     """
     path = locate(folder)
-    theirs = _read_config(path)
-    family = _family(theirs, path)
-    try:
-        config: ModelConfig = family.config_from(theirs)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path / 'config.json'} does not describe a {family.model_type} model: {error}") from None
+    config, family = read_architecture(path)
     files = _open_files(path)
     found: dict[str, tuple[Any, str]] = {}
     unknown = []
@@ -76,6 +71,16 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
         return file.get_slice(their_name)[tuple(slice(start, start + length) for start, length in box)]
 
     return config, read, shapes
+
+
+def read_architecture(path: Path) -> tuple[ModelConfig, Any]:
+    """(architecture, family) by the config.json of a local folder; nothing else is opened."""
+    theirs = _read_config(path)
+    family = _family(theirs, path)
+    try:
+        return family.config_from(theirs), family
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path / 'config.json'} does not describe a {family.model_type} model: {error}") from None
 
 
 def save_weights(

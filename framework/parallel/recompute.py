@@ -1,7 +1,8 @@
 """Activations that backward computes again instead of keeping (Chen et al. 2016; Korthikanti et al. 2022).
 
 full        a block keeps its input alone: one more forward, the least memory
-selective   a block keeps what its matrix products gave and computes the rest again: norms, activations, rotations
+selective   a block keeps what its weights and its attention gave and computes the rest again: norms, activations,
+            rotations; scores too where they stand in memory (the ring, strict mode), for they outweigh all else
 """
 
 from functools import partial
@@ -16,7 +17,6 @@ from framework.parallel.config import Recompute
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

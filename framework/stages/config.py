@@ -201,6 +201,10 @@ class PpoRun(RunConfig):
         self.batch.micro(self.parallel.data_size(self.cluster.workers))
         _refuse_compiled(self.engine, self.parallel)
         require(
+            self.engine.precision is not Precision.FP64,
+            "engine.precision=fp64 does not go with ppo, whose generators hold the policy in fp32; choose fp32 or bf16",
+        )
+        require(
             not self.rollout.strict or (self.engine.precision is Precision.FP32 and not self.engine.compile),
             "rollout.strict=true needs engine.precision=fp32 and engine.compile=false; see law On-policy",
         )

@@ -9,9 +9,12 @@ from typing import Any
 import yaml
 
 from framework.core.errors import UsageError
+from framework.core.places import local
 from framework.engine.config import Precision
-from framework.planning.memory import num_parameters, state_memory
-from framework.stages.config import PpoRun, RunConfig, TrainingRun
+from framework.models.config import ModelConfig
+from framework.planning.memory import Batch, Numbers, fullest
+from framework.planning.parameters import num_parameters
+from framework.stages.config import PpoRun, RewardModelRun, RunConfig, TrainingRun
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
 
@@ -43,11 +46,10 @@ def plain(config: Any) -> dict[str, Any]:
 
 def _batch_lines(config: RunConfig) -> list[str]:
     if isinstance(config, TrainingRun):
-        micro = config.batch.micro(1)
         rows, width = config.batch.size, config.data.max_tokens
         return [
             f"one optimizer step = {rows} sequences x {width} tokens = {rows * width:,} tokens at most",
-            f"on one data rank: {rows // micro} micro-batches of {micro} sequences",
+            _share_line(config),
         ]
     if isinstance(config, PpoRun):
         responses = config.rollout.prompts * config.rollout.samples
@@ -61,23 +63,70 @@ def _batch_lines(config: RunConfig) -> list[str]:
     return []
 
 
+def _share_line(config: TrainingRun) -> str:
+    try:
+        data_ranks = config.parallel.data_size(_ranks(config))
+        micro = config.batch.micro(data_ranks)
+    except UsageError as error:  # a layout that needs other ranks, or another batch
+        return f"on one data rank: {error}"
+    return f"on one data rank: {config.batch.size // data_ranks // micro} micro-batches of {micro} sequences"
+
+
+def _ranks(config: TrainingRun) -> int:
+    return config.cluster.workers if isinstance(config.cluster.workers, int) else 1
+
+
 def _memory_lines(config: RunConfig) -> list[str]:
-    if not isinstance(config, TrainingRun) or config.init_from:
+    if not isinstance(config, TrainingRun):
         return []
-    model, note = config.model, ""
-    if not model.vocab_size:
-        vocabulary = Path(config.tokenizer, "tokenizer.json")
-        if not vocabulary.exists():
-            return ["memory: known once the tokenizer is there (model.vocab_size comes from it)"]
-        model, note = replace(model, vocab_size=_vocabulary_size(vocabulary)), ", vocabulary from the tokenizer"
-    parameters = num_parameters(model)
-    memory = state_memory(parameters, 8 if config.engine.precision is Precision.FP64 else 4, num_shards=1)
+    model = _model(config)
+    if model is None:
+        return ["memory: known once the tokenizer, or the model of init_from, is there"]
+    ranks = _ranks(config)
+    try:
+        memory = fullest(model, _load(config, ranks), config.parallel, ranks, _NUMBERS[config.engine.precision])
+    except UsageError as error:  # a layout that needs other ranks, or another batch
+        return [f"memory: {error}"]
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
-    states = " + ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+    states = " + ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+    beside = f"gathered or cast {_mib(memory.gathered)} + activations {_mib(memory.activations)}"
+    beside += f", or an update's own {_mib(memory.update)}"
+    where = f"parallel={config.parallel.name}, {ranks} rank{'s' if ranks > 1 else ''}"
     return [
-        f"{parameters:,} parameters{note}",
-        f"states on one rank: {states} = {memory.total / 2**20:,.1f} MiB (activations not counted)",
+        f"{num_parameters(model):,} parameters; the fullest rank under {where} holds",
+        f"states: {states} = {_mib(memory.states)}",
+        f"in turn: {beside}; {_mib(memory.total)} at the fullest instant",
     ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+_NUMBERS = {Precision.FP32: Numbers(4, 4), Precision.BF16: Numbers(4, 2), Precision.FP64: Numbers(8, 8)}
+
+
+def _model(config: TrainingRun) -> ModelConfig | None:
+    """The architecture that the run will have; None where it is not yet known."""
+    if config.init_from:
+        if not (local(config.init_from) / "config.json").is_file():
+            return None
+        from framework.models.hub import read_architecture  # torch
+
+        return read_architecture(local(config.init_from))[0]
+    vocabulary = Path(config.tokenizer, "tokenizer.json")
+    if config.model.vocab_size or not vocabulary.exists():
+        return config.model if config.model.vocab_size else None
+    return replace(config.model, vocab_size=_vocabulary_size(vocabulary))
+
+
+def _load(config: TrainingRun, ranks: int) -> Batch:
+    """One data rank's part of a step, every row full."""
+    data_ranks = config.parallel.data_size(ranks)
+    rows = config.batch.micro(data_ranks)
+    micros = -(-config.batch.size // (rows * data_ranks))
+    pairs = isinstance(config, RewardModelRun)
+    return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=int(pairs), packed=not pairs)
 
 
 def _vocabulary_size(path: Path) -> int:

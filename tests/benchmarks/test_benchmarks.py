@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import contest, layouts, preparation, saving, sft, startup, step
+from tests.benchmarks import contest, layouts, memory, preparation, saving, sft, startup, step
 from tests.benchmarks.contest import Lap, Laps, Pledge, Run
 from tests.benchmarks.material import long_conversations, write_records
 
@@ -103,6 +103,19 @@ def test_factors_are_taken_round_by_round() -> None:
     result = contest.Contest(laps, Pledge())
     assert result.ratios("theirs") == [2.0, 2.0]
     assert result.ratios("theirs", "busy") == [2.0, 4.0]
+
+
+def test_ranks_take_about_the_memory_that_they_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "LAYOUTS", {name: memory.LAYOUTS[name] for name in ("single", "fsdp")})
+    sizes = ["--width", "128", "--layers", "2", "--vocabulary", "4096", "--length", "256"]
+    memory.main([*sizes, "--out", str(tmp_path / "bench.json")])
+    single, fsdp = json.loads((tmp_path / "bench.json").read_text())["Memory"]["layouts"]
+    assert fsdp["formula"]["weights"] * 2 == single["formula"]["weights"]
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["single", "fsdp"]
+    assert all(0.7 < float(row[-1]) < 1.4 for row in rows)
 
 
 def test_real_rivals_race_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,93 @@
+"""Every parameter's shape, and how tensor ranks cut it: the model as a table, free of torch.
+
+A table is a list of Entry; a block's is the same for every layer, the rest ("root") depends on which ends of the model
+a pipeline stage has. Left out: who holds what of it (`memory`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its shape, and the dimension that tensor ranks share out; None where each holds it whole.
+
+    Example, the way down of a feed-forward block: Entry((512, 1376), 1).
+    """
+
+    shape: tuple[int, ...]
+    cut: int | None = None
+    embeds: bool = False
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def decayed(self) -> bool:
+        """As `optim.build.is_decayed`: those that are and those that are not are updated apart."""
+        return len(self.shape) >= 2 and not self.embeds
+
+    def on(self, place: int, ranks: int) -> tuple[int, ...]:
+        """What tensor rank `place` of `ranks` holds, as `parallel.tensor.span` cuts it."""
+        if self.cut is None:
+            return self.shape
+        size = self.shape[self.cut]
+        part = size * (place + 1) // ranks - size * place // ranks
+        return (*self.shape[: self.cut], part, *self.shape[self.cut + 1 :])
+
+
+Table = Sequence[Entry]
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Exact number of parameters of the transformer (heads for values or classes not counted)."""
+    return count(root(model)) + model.num_layers * count(block(model))
+
+
+def count(table: Table) -> int:
+    """Elements of all parameters, whole."""
+    return sum(entry.size for entry in table)
+
+
+def block(model: ModelConfig) -> list[Entry]:
+    """One layer: attention, feed-forward, two norms."""
+    hidden, inner = model.hidden_size, model.feed_forward_size
+    queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
+    ups = 2 if model.activation is Activation.SWIGLU else 1
+    table = [entry for size in (queries, keys, keys) for entry in _columns(hidden, size, model.attention_bias)]
+    table += _rows(queries, hidden, model.attention_bias)
+    table += ups * _columns(hidden, inner, model.mlp_bias) + _rows(inner, hidden, model.mlp_bias)
+    return table + 2 * _norm(model)
+
+
+def root(model: ModelConfig, first: bool = True, last: bool = True, classes: int = 0) -> list[Entry]:
+    """What a stage holds besides its layers. A stage that has only one end of a tied model has the matrix as well.
+
+    `classes`: rows of a value or class head, which takes the language head's place.
+    """
+    table = Entry((model.vocab_size, model.hidden_size), 0, embeds=True)
+    matrix = replace(table, embeds=model.tied)
+    learned = (
+        [Entry((model.max_positions, model.hidden_size), embeds=True)] if model.position is Position.LEARNED else []
+    )
+    begin = [table, *learned] if first else []
+    norm = _norm(model) if model.norm_place is NormPlace.PRE else []
+    head = [] if classes or (model.tied and first) else [matrix]
+    heads = [Entry((classes, model.hidden_size))] if classes else []
+    return begin + (norm + head + heads if last else [])
+
+
+def _columns(inputs: int, outputs: int, bias: bool) -> list[Entry]:
+    return [Entry((outputs, inputs), 0)] + ([Entry((outputs,), 0)] if bias else [])
+
+
+def _rows(inputs: int, outputs: int, bias: bool) -> list[Entry]:
+    return [Entry((outputs, inputs), 1)] + ([Entry((outputs,))] if bias else [])
+
+
+def _norm(model: ModelConfig) -> list[Entry]:
+    return [Entry((model.hidden_size,))] * (2 if model.norm is Norm.LAYER else 1)

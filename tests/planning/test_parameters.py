@@ -1,0 +1,48 @@
+"""The table of parameters against a model that is really built (on the meta device)."""
+
+import itertools
+
+import pytest
+import torch
+
+from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.transformer import Transformer
+from framework.planning.parameters import Entry, block, num_parameters, root
+
+AXES = list(itertools.product([True, False], [Activation.SWIGLU, Activation.GELU], [Norm.RMS, Norm.LAYER], [1, 4]))
+
+
+@pytest.mark.parametrize(("flag", "activation", "norm", "kv"), AXES)
+def test_the_table_counts_every_parameter(flag: bool, activation: Activation, norm: Norm, kv: int) -> None:
+    config = ModelConfig(
+        vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=kv, head_dim=10, activation=activation,
+        norm=norm, tied=flag, attention_bias=flag, mlp_bias=not flag, max_positions=19,
+        norm_place=NormPlace.POST if flag and kv == 4 else NormPlace.PRE,
+        position=Position.LEARNED if flag else Position.ROTARY,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config)
+    table = [entry.shape for entry in root(config) + 3 * block(config)]
+    assert sorted(table) == sorted(tuple(p.shape) for p in model.parameters())
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_llama_2_7b_has_its_published_size() -> None:
+    config = ModelConfig(
+        vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=11008, tied=False
+    )
+    assert num_parameters(config) == 6_738_415_616
+
+
+def test_tensor_ranks_share_out_37_rows() -> None:
+    assert [Entry((37, 5), 0).on(place, 4) for place in range(4)] == [(9, 5), (9, 5), (9, 5), (10, 5)]
+    assert Entry((37,)).on(1, 4) == (37,)
+
+
+def test_a_stage_that_ends_a_tied_pipeline_has_the_matrix_too() -> None:
+    config = ModelConfig(vocab_size=37, hidden_size=20, num_heads=2)
+    assert [entry.shape for entry in root(config)] == [(37, 20), (20,)]
+    assert [entry.shape for entry in root(config, first=True, last=False)] == [(37, 20)]
+    assert [entry.shape for entry in root(config, first=False, last=True)] == [(20,), (37, 20)]
+    assert [entry.shape for entry in root(config, first=False, last=True, classes=1)] == [(20,), (1, 20)]
+    assert root(config, first=False, last=False) == []
