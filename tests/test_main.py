@@ -94,6 +94,8 @@ def test_explain_counts_for_the_layout_s_ranks(capsys: pytest.CaptureFixture[str
     assert "on one data rank: 1 micro-batches of 2 sequences" in capsys.readouterr().out
     assert main(["explain", "pretrain", *words, "parallel=tp", "parallel.tensor=2"]) == 0
     assert "# memory: parallel.tensor=2 needs a multiple of 2 processes" in capsys.readouterr().out
+    assert main(["explain", "pretrain", *words, "parallel=tp", "cluster.workers=3"]) == 0
+    assert "# memory: model.num_heads=4 is not divisible by parallel.tensor=3" in capsys.readouterr().out
 
 
 def test_explain_reads_the_architecture_of_init_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,10 +82,13 @@ def _memory_lines(config: RunConfig) -> list[str]:
     model = _model(config)
     if model is None:
         return ["memory: known once the tokenizer, or the model of init_from, is there"]
+    from framework.engine.plan import check  # torch
+
     ranks = _ranks(config)
     try:
+        check(model, config.parallel, config.engine, ranks)
         memory = fullest(model, _load(config, ranks), config.parallel, ranks, _NUMBERS[config.engine.precision])
-    except UsageError as error:  # a layout that needs other ranks, or another batch
+    except UsageError as error:  # a layout that needs other ranks, another model or batch
         return [f"memory: {error}"]
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     states = " + ".join(f"{name} {_mib(size)}" for name, size in parts.items())
