@@ -32,7 +32,7 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own. `cpus` are logical: how many the workers claim together, whatever the machine has."""
     with private_folder() as folder:
         try:
-            with _environment(_settings(folder)), _ours_kept(), signals_blocked():
+            with _environment(_settings(folder)), _ours_kept(), signals_blocked(), _explained():
                 import ray
 
                 _silence_driver()
@@ -70,6 +70,19 @@ def joined_ray(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Ray says that it could not start as a bare Exception."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise WorkerError(
+            f"Ray did not start on this machine: {why} The run goes on from where it was with the same command, once "
+            "fewer programs share the machine; cluster.kind=in_process needs no Ray"
+        ) from error
 
 
 def _knock(address: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from framework.cluster import local_ray
-from framework.core.errors import UsageError
+from framework.core.errors import UsageError, WorkerError
 
 # Opens a private Ray, reports itself, then does what it is told. The actor spins, so that nothing ends by politeness.
 SCRIPT = """
@@ -214,6 +214,16 @@ def test_a_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest
         assert Path(folder).parent == Path("/tmp")
         assert Path(folder).is_dir()
     assert not Path(folder).exists()
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nSee the logs.")
+
+    monkeypatch.setattr("ray.init", too_slow)
+    line = r"Ray did not start on this machine: The current node timed out during startup\. The run goes on"
+    with pytest.raises(WorkerError, match=line), local_ray.local_ray(1):
+        raise AssertionError("it has started")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
