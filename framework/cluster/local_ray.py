@@ -32,22 +32,23 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own. `cpus` are logical: how many the workers claim together, whatever the machine has."""
     with private_folder() as folder:
         try:
-            with _environment(_settings(folder)), _ours_kept(), signals_blocked(), _explained():
+            with _environment(_settings(folder)), _ours_kept(), signals_blocked():
                 import ray
 
                 _silence_driver()
-                ray.init(
-                    address="local",
-                    num_cpus=math.ceil(cpus),
-                    num_gpus=gpus,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.CRITICAL,
-                    _temp_dir=folder,
-                    _node_ip_address="127.0.0.1",
-                    # No idle workers in stock: each takes 65 MB, and all of ours are actors.
-                    _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
-                )
+                with _explained():
+                    ray.init(
+                        address="local",
+                        num_cpus=math.ceil(cpus),
+                        num_gpus=gpus,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.CRITICAL,
+                        _temp_dir=folder,
+                        _node_ip_address="127.0.0.1",
+                        # No idle workers in stock: each takes 65 MB, and all of ours are actors.
+                        _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
+                    )
             yield
         finally:
             _shut_down()

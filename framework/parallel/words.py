@@ -16,7 +16,7 @@ def layout_in_words(config: ParallelConfig, world_size: int) -> str:
     extents = [f"{_name(config, axis)} {size}" for axis, size in config.sizes(world_size).items() if size > 1]
     words = f"{config.name} = {' x '.join(extents) or 'one process'}"
     if config.zero:
-        words += f", DeepSpeed ZeRO-{config.zero} shares out {_ZERO[config.zero]}"
+        words += f", ZeRO-{config.zero} shares out {_ZERO[config.zero]}"
     return words + (", what is not in use waits in CPU memory" if config.offload else "")
 
 

@@ -98,8 +98,9 @@ of all {ROWS} rows, four to a micro-batch; at such sizes they say how layouts co
 
 *replicate* and *shard* ranks take rows of their own and hold copies or shards of the parameters (`parallel=ddp`,
 `fsdp`, `hsdp`); *context* ranks share out a row's places, by a ring or by an exchange of heads; *tensor* ranks every
-matrix; *pipeline* ranks the layers. The zero rows are DeepSpeed's ([layouts](architecture.md#layouts)): its masters are
-fp32 whatever computes, so the other update is in fp32, too, and of its gradients the first alone can be had.
+matrix; *pipeline* ranks the layers. The zero rows, of two and four ranks, are DeepSpeed's
+([layouts](architecture.md#layouts)): its masters are fp32 whatever computes, so the other update is in fp32, too, and
+of its gradients the first alone can be had.
 
 | layout | ranks | collectives | bytes | fp64 | fp32, first | fp32, later | bf16, first | another update | status |
 |---|---|---|---|---|---|---|---|---|---|"""

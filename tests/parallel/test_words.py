@@ -24,11 +24,11 @@ def word(name: str) -> ParallelConfig:
         ("hsdp", 16, "hsdp = replicate 2 x shard 8"),
         ("cp", 4, "cp = context 4"),
         ("ddp", 1, "ddp = one process"),
-        ("zero1", 2, "zero1 = data 2, DeepSpeed ZeRO-1 shares out states"),
+        ("zero1", 2, "zero1 = data 2, ZeRO-1 shares out states"),
         (
             "zero3_offload",
             1,
-            "zero3_offload = one process, DeepSpeed ZeRO-3 shares out states, gradients and parameters, "
+            "zero3_offload = one process, ZeRO-3 shares out states, gradients and parameters, "
             "what is not in use waits in CPU memory",
         ),
     ],
