@@ -5,7 +5,6 @@ temporary folder of its own, reports nothing to anyone, and is gone when the blo
 """
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -35,6 +34,7 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
             with _environment(_settings(folder)), _ours_kept(), signals_blocked():
                 import ray
 
+                _read_environment()
                 _silence_driver()
                 with _explained():
                     ray.init(
@@ -52,6 +52,7 @@ def local_ray(cpus: float, gpus: int = 0) -> Iterator[None]:
             yield
         finally:
             _shut_down()
+            _read_environment()
 
 
 @contextlib.contextmanager
@@ -147,19 +148,13 @@ def token_settings(token: str) -> dict[str, str | None]:
 
 def _settings(folder: str) -> dict[str, str | None]:
     return {
-        **token_settings(_token()),
+        **token_settings(secrets.token_hex(32)),
         # Ray turns 127.0.0.1 into the machine's own address, and then listens on every interface, unless clusters of
         # several machines are switched off by this variable (made for Windows and OSX, heard on Linux too).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "PYTHONPATH": python_path(),
         reaper.MARK: folder,
     }
-
-
-@functools.cache
-def _token() -> str:
-    """One for the life of this process: Ray's library reads it once."""
-    return secrets.token_hex(32)
 
 
 @contextlib.contextmanager
@@ -178,6 +173,15 @@ def private_folder() -> Iterator[str]:
 def python_path() -> str:
     """Where this process imports from, so that workers import the same code."""
     return os.pathsep.join(dict.fromkeys(entry or os.getcwd() for entry in sys.path))
+
+
+def _read_environment() -> None:
+    """Ray's library reads it once, when it is imported: by whoever imported it first, without our token."""
+    import ray._raylet as library
+
+    settings, tokens = (getattr(library, name) for name in ("Config", "AuthenticationTokenLoader"))  # no stubs
+    settings.initialize("")
+    tokens.instance().reset_cache()
 
 
 def _silence_driver() -> None:

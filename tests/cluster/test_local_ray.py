@@ -192,7 +192,24 @@ def test_a_running_ray_is_joined_by_its_address_and_left_running(temporary: Path
     assert alive(host.pids) == []
 
 
-_OPEN_TOKEN = "import framework.cluster.local_ray as module; module._token = lambda: '0' * 64"
+_OPEN_TOKEN = "import framework.cluster.local_ray as module; module.secrets.token_hex = lambda size: '0' * 64"
+
+# As in a notebook. A stranger's Ray that is joined before and after would need what the environment says then.
+IMPORTED_BEFORE = """
+import ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
+from framework.cluster.local_ray import local_ray
+
+for number in range(2):
+    with local_ray(cpus=1):
+        print(ray.get(ray.put(number)))
+    assert get_authentication_mode() == AuthenticationMode.DISABLED
+"""
+
+
+def test_it_opens_where_ray_was_imported_before_and_twice(temporary: Path) -> None:
+    code, stderr = Controller(temporary, IMPORTED_BEFORE).end("end")
+    assert code == 0, stderr
 
 
 def test_the_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
