@@ -316,7 +316,11 @@ def _help() -> str:
 
 
 def _stage_help(stage: str) -> str:
-    keys = "\n".join(f"  {key}={_shown(value)}" for key, value in sorted(defaults_of(stage).items()) if key != "stage")
+    defaults = {key: value for key, value in sorted(defaults_of(stage).items()) if key != "stage"}
+    lines = [f"  {key}={_shown(value)}" for key, value in defaults.items() if not key.startswith("model.")]
+    if axes := len(defaults) - len(lines):
+        lines.append(f"  model.AXIS=...  {axes} axes of the architecture: framework models axes")
+    keys = "\n".join(sorted(lines))
     choices = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in groups_of(stage))
     return f"framework {stage}: {STAGES[stage].__doc__}\n\ngroups\n{choices}\n\nkeys and defaults\n{keys}"
 

@@ -45,8 +45,9 @@ def _padded_reference(
     seen = reference.visible(mask, causal, q.new_empty(queries, keys))
     if seen is None:
         seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=q.device)
-    seen = F.pad(seen, (0, more_keys), value=False)
-    seen = F.pad(seen, (0, 0, 0, more_queries), value=True)  # a query that sees nothing would be NaN, also backward
+    shown, hidden = (True, False) if seen.dtype == torch.bool else (0.0, float("-inf"))
+    seen = F.pad(seen, (0, more_keys), value=hidden)
+    seen = F.pad(seen, (0, 0, 0, more_queries), value=shown)  # a query that sees nothing would be NaN, also backward
     q = F.pad(q, (0, 0, 0, 0, 0, more_queries))
     k, v = (F.pad(x, (0, 0, 0, 0, 0, more_keys)) for x in (k, v))
     return reference.attention(q, k, v, mask=seen, scale=scale)[:, :queries]

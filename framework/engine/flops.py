@@ -3,7 +3,7 @@
     parameters   6 N a token (Kaplan et al. 2020; Chowdhery et al. 2022 without attention): N counts every weight that
                  multiplies, the output head with them. Simple, and what most published MFU figures mean.
     exact        the head only where a label counts, and attention over the keys that a causal query really sees:
-                 12 L N H a key (scores and mixture, forward and twice backward)
+                 12 N H a key of each layer (scores and mixture, forward and twice backward)
 A multiply-add counts as 2, backward as twice forward; norms, softmax and recomputation count as nothing; padding is no
 work. Left out: what the kernels really execute (torch's FlopCounterMode tells).
 """
@@ -11,7 +11,7 @@ work. Left out: what the kernels really execute (torch's FlopCounterMode tells).
 from dataclasses import dataclass
 
 from framework.core.records import Rows
-from framework.models.config import Activation, ModelConfig
+from framework.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def multiplied_weights(config: ModelConfig) -> tuple[int, int]:
     """Weights that multiply every token: (of all layers, of the output head)."""
     hidden = config.hidden_size
     attention = hidden * config.head_size * 2 * (config.num_heads + config.kv_heads)
-    feed_forward = hidden * config.feed_forward_size * (3 if config.activation is Activation.SWIGLU else 2)
+    feed_forward = hidden * config.feed_forward_size * (3 if config.activation.is_gated else 2)
     return config.num_layers * (attention + feed_forward), hidden * config.vocab_size
 
 
@@ -39,10 +39,12 @@ def training_work(config: ModelConfig, rows: Rows, scores_labels: bool = True) -
     inputs = rows.inputs()
     real = inputs.document_ids > 0
     tokens, labels = int(real.sum()), int(inputs.loss_mask.sum())
-    keys = int(((inputs.positions + 1) * real).sum())
+    seen, narrow = inputs.positions + 1, sum(config.windowed(layer) for layer in range(config.num_layers))
+    keys = (config.num_layers - narrow) * int((seen * real).sum())
+    keys += narrow * int((seen.clamp(max=config.window) * real).sum()) if narrow else 0
     layers, head = multiplied_weights(config)
     head *= scores_labels
-    attention = 12 * config.num_layers * config.num_heads * config.head_size * keys
+    attention = 12 * config.num_heads * config.head_size * keys
     return Work(tokens, 6.0 * (layers + head) * tokens, 6.0 * (layers * tokens + head * labels) + attention)
 
 

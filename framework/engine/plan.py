@@ -17,8 +17,9 @@ from framework.engine.config import EngineConfig
 from framework.engine.flops import multiplied_weights
 from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
-from framework.models.config import ModelConfig
+from framework.models.config import ModelConfig, Position
 from framework.models.layers import Linear
+from framework.models.positions import Alibi
 from framework.models.scorer import Scorer
 from framework.parallel import tensor
 from framework.parallel.apply import Plan, apply
@@ -42,6 +43,12 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         )
     if sizes["context"] > 1 and parallel.context_form is ContextForm.EXCHANGE:
         check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])
+    for axis, is_set in (("position=alibi", model.position is Position.ALIBI), ("window", model.window > 0)):
+        require(
+            sizes["context"] == 1 or not is_set,
+            f"model.{axis} does not go with parallel.context={sizes['context']}: which knows causal attention within "
+            "documents alone; choose parallel=tp, fsdp or pp",
+        )
     stages = sizes["pipeline"] * parallel.stages_per_rank
     require(
         sizes["pipeline"] == 1 or stages <= model.num_layers,
@@ -114,7 +121,7 @@ def plan(scorer: Scorer, layers: range, parallel: ParallelConfig, mesh: Mesh) ->
 def _dropped(scorer: Scorer, layers: range, first: bool, last: bool) -> list[str]:
     """What other stages hold. Absent parts stay absent."""
     names = [f"model.layers.{i}" for i in range(scorer.model.config.num_layers) if i not in layers]
-    names += [] if first else ["model.embedding", "model.position_embedding"]
+    names += [] if first else ["model.embedding", "model.position_embedding", "model.embedding_norm"]
     return names + ([] if last else ["model.norm", "model.head", "value_head", "class_head"])
 
 
@@ -124,6 +131,7 @@ def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str,
         styles |= {f"{layer}.{name}": style for name, style in _LAYER.items()}
     if first:
         styles |= {"model.embedding": tensor.vocabulary, "model.position_embedding": tensor.own_places}
+        styles |= {"model.embedding_norm": tensor.places}
     if last:
         whole = tensor.ends_whole if scorer.scores_labels else tensor.ends_whole_for_all
         styles |= {"model.norm": tensor.places, "model.head": tensor.columns, "model": whole}
@@ -137,6 +145,10 @@ _LAYER: dict[str, tensor.Style] = {
     "attention.k": tensor.columns,
     "attention.v": tensor.columns,
     "attention.o": tensor.rows,
+    "attention.q_norm": tensor.places,
+    "attention.k_norm": tensor.places,
+    "attention_out_norm": tensor.places,
+    "mlp_out_norm": tensor.places,
     "mlp_norm": tensor.places,
     "mlp": tensor.all_places,
     "mlp.gate": tensor.columns,
@@ -154,6 +166,9 @@ def _exchanged(
     if tensors.size > 1 and last and scorer.scores_labels:
         vocab = scorer.model.config.vocab_size
         parts["log_probs"] = partial(tensor.VocabularyLogProbs, scorer.log_probs.temperature, vocab, tensors)
+    if tensors.size > 1 and scorer.model.alibi is not None:
+        heads = scorer.model.config.num_heads
+        parts["model.alibi"] = partial(Alibi, heads, *tensor.span(heads, tensors))
     if tensors.size * contexts.size == 1:
         return parts
     cutter = Cut(contexts)

@@ -1,6 +1,9 @@
-"""The architecture as data: every axis on which the decoder families of the field differ, one field each."""
+"""The architecture as data: every axis on which the decoder families of the field differ, one field each.
 
-from dataclasses import dataclass
+Left out: encoders, mixtures of experts, capped scores.
+"""
+
+from dataclasses import dataclass, field, replace
 
 from framework.core.config import Choice, require
 
@@ -8,32 +11,90 @@ from framework.core.config import Choice, require
 class Position(Choice):
     """How a token knows its place."""
 
-    ROTARY = "rotary"  # Su et al. 2021; rotate-half layout
-    LEARNED = "learned"  # GPT-2
+    ROTARY = "rotary"  # q and k turned by angles that grow with the position (Su et al. 2021)
+    LEARNED = "learned"  # a vector a position, added to the embedding (Radford et al. 2018)
+    ALIBI = "alibi"  # -slope of the head x distance, added to the scores (Press et al. 2022)
     NONE = "none"
+
+
+class Scaling(Choice):
+    """How rotary frequencies are stretched for a context `factor` times longer than the original one.
+
+    `turns` of a frequency: how often it goes round in the original context.
+    """
+
+    NONE = "none"
+    LINEAR = "linear"  # all frequencies / factor (Chen et al. 2023)
+    LLAMA3 = "llama3"  # / factor below `slow` turns, kept above `fast`, blended by turns between (Llama 3.1)
+    YARN = "yarn"  # likewise, blended by index, and cos and sin times `sharpness` (Peng et al. 2023, section 3)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """See `Scaling`; what a kind does not read is left alone."""
+
+    kind: Scaling = Scaling.NONE
+    factor: float = 1.0
+    original_positions: int = 0  # the context that the frequencies were made for; llama3 and yarn
+    slow: float = 1.0  # turns; llama3 and yarn
+    fast: float = 0.0  # turns; 0 = 4 (llama3), 32 (yarn)
+    sharpness: float = 0.0  # yarn; 0 = 1 + ln(factor) / 10
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, f"model.rope_scaling.factor={self.factor} must be at least 1")
+        needs_original = self.kind in (Scaling.LLAMA3, Scaling.YARN)
+        require(
+            not needs_original or self.original_positions > 0,
+            f"model.rope_scaling.kind={self.kind} needs model.rope_scaling.original_positions: the context before it",
+        )
+        require(
+            not needs_original or 0 < self.slow < self.upper,
+            f"model.rope_scaling.slow={self.slow} must be between 0 and rope_scaling.fast={self.upper}",
+        )
+
+    @property
+    def upper(self) -> float:
+        """`fast`, or what it stands for."""
+        return self.fast or (4.0 if self.kind is Scaling.LLAMA3 else 32.0)
 
 
 class Norm(Choice):
     """Which normalisation."""
 
-    RMS = "rms"  # Zhang & Sennrich 2019
-    LAYER = "layer"  # Ba et al. 2016
+    RMS = "rms"  # x / rms(x) w (Zhang & Sennrich 2019)
+    LAYER = "layer"  # (x - mean) / std w + b (Ba et al. 2016)
 
 
 class NormPlace(Choice):
-    """Where a block normalises: before its sublayers, or after their residual sum."""
+    """Where a block normalises; f is its attention, then its feed-forward."""
 
-    PRE = "pre"
-    POST = "post"
+    PRE = "pre"  # x + f(norm(x)), and once more behind the last block (Radford et al. 2019)
+    POST = "post"  # norm(x + f(x)) (Vaswani et al. 2017)
+    SANDWICH = "sandwich"  # x + norm(f(norm(x))), and behind the last block (Ding et al. 2021; GLM-4-0414)
+    DEEP = "deep"  # norm(a x + f(x)), a = (2 num_layers)^(1/4) (Wang et al. 2022, DeepNorm of a decoder)
 
 
 class Activation(Choice):
-    """The feed-forward nonlinearity."""
+    """The feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) up(x)) (Shazeer 2020)."""
 
-    SWIGLU = "swiglu"  # Shazeer 2020
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
+    SWIGLU = "swiglu"  # gated; act = silu
+    GEGLU = "geglu"  # gated; act = gelu
+    GEGLU_TANH = "geglu_tanh"  # gated; act = gelu_tanh
+    GELU = "gelu"  # x Phi(x) (Hendrycks & Gimpel 2016)
+    GELU_TANH = "gelu_tanh"  # its approximation by tanh
     RELU = "relu"
+
+    @property
+    def is_gated(self) -> bool:
+        return self in (Activation.SWIGLU, Activation.GEGLU, Activation.GEGLU_TANH)
+
+
+class Bias(Choice):
+    """Which projections of attention have one."""
+
+    NONE = "none"
+    QKV = "qkv"  # Qwen2, GLM
+    ALL = "all"  # GPT-2, BLOOM
 
 
 @dataclass(frozen=True)
@@ -41,24 +102,33 @@ class ModelConfig:
     """A decoder-only transformer. `vocab_size` 0 means "the tokenizer's"; 0 for `num_kv_heads`, `head_dim`,
     `intermediate_size` means the usual value derived from the others."""
 
-    family: str = "llama"
+    family: str = "llama"  # in whose Hugging Face layout it is saved
     vocab_size: int = 0
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    num_kv_heads: int = 0  # = num_heads
+    num_kv_heads: int = (
+        0  # = num_heads; fewer: each serves a group of heads (Ainslie et al. 2023), 1: all (Shazeer 2019)
+    )
     head_dim: int = 0  # = hidden_size / num_heads
     intermediate_size: int = 0  # = 8/3 hidden_size up to a multiple of 32 (gated), else 4 hidden_size
     max_positions: int = 2048
     position: Position = Position.ROTARY
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # frequency i turns by theta^(-2i/H) a position
+    rope_fraction: float = 1.0  # the first part of each head that turns (GLM: a half)
+    rope_interleaved: bool = False  # turn numbers 2i and 2i+1 together (GLM), not i and i+H/2
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    window: int = 0  # a token sees so many, itself included (Beltagy et al. 2020; Mistral); 0 = all before it
+    window_from: int = 0  # the first layer with the window
+    qk_norm: bool = False  # RMS norm of each head's q and k before they turn (Henry et al. 2020; Qwen3)
     norm: Norm = Norm.RMS
     norm_place: NormPlace = NormPlace.PRE
     norm_eps: float = 1e-5
+    embedding_norm: bool = False  # of the embedded tokens (BLOOM)
     activation: Activation = Activation.SWIGLU
-    attention_bias: bool = False
+    attention_bias: Bias = Bias.NONE
     mlp_bias: bool = False
-    tied: bool = True
+    tied: bool = True  # the head's matrix is the embedding's (Press & Wolf 2017)
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -73,6 +143,11 @@ class ModelConfig:
             heads % kv == 0,
             f"model.num_heads={heads} is not divisible by model.num_kv_heads={kv}; choose {_divisors(heads)}",
         )
+        require(self.window >= 0, f"model.window={self.window} must be at least 1; 0 means that all is seen")
+        require(
+            0 < self.rope_fraction <= 1 and (self.position is not Position.ROTARY or self.turned_size % 2 == 0),
+            f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_size} must be an even number",
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -86,9 +161,32 @@ class ModelConfig:
     def feed_forward_size(self) -> int:
         if self.intermediate_size:
             return self.intermediate_size
-        if self.activation is Activation.SWIGLU:
+        if self.activation.is_gated:
             return -(-self.hidden_size * 8 // (3 * 32)) * 32
         return 4 * self.hidden_size
+
+    @property
+    def turned_size(self) -> int:
+        """How many numbers of a head rotary positions turn."""
+        return int(self.head_size * self.rope_fraction)
+
+    @property
+    def ends_with_norm(self) -> bool:
+        return self.norm_place in (NormPlace.PRE, NormPlace.SANDWICH)
+
+    @property
+    def residual_scale(self) -> float:
+        """What the residual stream is multiplied by where a block adds to it: DeepNorm's alpha."""
+        return (2 * self.num_layers) ** 0.25 if self.norm_place is NormPlace.DEEP else 1.0
+
+    def windowed(self, layer: int) -> bool:
+        """Whether a layer sees through the window."""
+        return self.window > 0 and layer >= self.window_from
+
+    def explicit(self) -> "ModelConfig":
+        """The same model with every derived size written out."""
+        inner = self.feed_forward_size
+        return replace(self, num_kv_heads=self.kv_heads, head_dim=self.head_size, intermediate_size=inner)
 
 
 def _divisors(n: int) -> str:

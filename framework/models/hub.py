@@ -18,12 +18,15 @@ from framework.core.places import local
 from framework.core.records import Box, ReadBox
 from framework.core.registry import lookup, names
 from framework.models.config import ModelConfig
-from framework.models.families import llama  # noqa: F401  (enters itself into the registry)
+from framework.models.families import gpt, llama  # noqa: F401  (they enter themselves into the registry)
+from framework.models.families.family import Family
+from framework.models.families.tensors import Piece, joined
 from framework.models.init import fill, parameter_shapes
 from framework.models.transformer import Transformer
 
 Shapes = dict[str, tuple[int, ...]]
 _FILE = "model.safetensors"
+_HEAD = "lm_head.weight"
 _SHARD_BYTES = 4 << 30
 
 
@@ -49,31 +52,30 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     """
     path = locate(folder)
     config, family = read_architecture(path)
-    files = _open_files(path)
-    found: dict[str, tuple[Any, str]] = {}
-    unknown = []
-    for their_name, file in files.items():
-        name = family.our_name(their_name)
-        if name is not None:
-            found[name] = (file, their_name)
-        elif not family.is_derived(their_name):
-            unknown.append(their_name)
-    shapes = {name: tuple(file.get_slice(theirs).get_shape()) for name, (file, theirs) in found.items()}
-    _check(path, config, shapes, unknown, family)
+    files = _open_files(path, family)
+    shapes = dict(parameter_shapes(config))
+    if "score.weight" in files:
+        shapes.pop("head.weight", None)  # a classifier has no language head, tied or not
+        shapes["class_head.weight"] = (
+            files["score.weight"][0].get_slice("score.weight").get_shape()[0],
+            config.hidden_size,
+        )
+    pieces = family.pieces(shapes, config.num_heads)
+    _check(path, pieces, files)
     if shapes.get("class_head.weight", (0,))[0] == 1:
-        found["value_head.weight"] = found["class_head.weight"]
+        pieces["value_head.weight"] = pieces["class_head.weight"]
         shapes["value_head.weight"] = shapes["class_head.weight"]
 
     def read(name: str, box: Box) -> Tensor:
-        if name not in found:
-            raise CheckpointError(f"{path} has no tensor '{name}': {nearest(name, found)}")
-        file, their_name = found[name]
-        return file.get_slice(their_name)[tuple(slice(start, start + length) for start, length in box)]
+        if name not in pieces:
+            raise CheckpointError(f"{path} has no tensor '{name}': {nearest(name, pieces)}")
+        file, stored = files[pieces[name].theirs]
+        return pieces[name].read(file.get_slice(stored), box)
 
     return config, read, shapes
 
 
-def read_architecture(path: Path) -> tuple[ModelConfig, Any]:
+def read_architecture(path: Path) -> tuple[ModelConfig, Family]:
     """(architecture, family) by the config.json of a local folder; nothing else is opened."""
     theirs = _read_config(path)
     family = _family(theirs, path)
@@ -97,12 +99,15 @@ def save_weights(
     config.json is written last: a folder that has one is whole.
     """
     path = Path(folder)
-    family = lookup("family", config.family)
+    family: Family = lookup("family", config.family)
     theirs = family.config_to(config, classes)
+    shapes = {**parameter_shapes(config), "class_head.weight": (classes, config.hidden_size)}
+    pieces = family.pieces(shapes, config.num_heads)
     path.mkdir(parents=True, exist_ok=True)
     for stale in [path / "config.json", *path.glob("model*.safetensors"), *path.glob("model*.index.json")]:
         stale.unlink(missing_ok=True)
-    dtype = _write_files(path, ((_score(name, family), tensor) for name, tensor in weights))
+    heads = {"value_head.weight": "class_head.weight"}
+    dtype = _write_files(path, joined(weights, lambda name: pieces[heads.get(name, name)]))
     theirs |= {"dtype": dtype, **(extra or {})}
     (path / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
 
@@ -141,15 +146,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _family(theirs: dict[str, Any], path: Path) -> Any:
+def _family(theirs: dict[str, Any], path: Path) -> Family:
     kind = theirs.get("model_type", "")
     if kind not in names("family"):
         raise UsageError(f"{path} holds a model of type '{kind}': {nearest(kind, names('family'))}")
-    return lookup("family", kind)
+    family: Family = lookup("family", kind)
+    return family
 
 
-def _open_files(path: Path) -> dict[str, Any]:
-    """Their tensor name -> open file that holds it."""
+def _open_files(path: Path, family: Family) -> dict[str, tuple[Any, str]]:
+    """Their tensor name as transformers writes it -> (open file, the name that it has there)."""
     index = path / f"{_FILE}.index.json"
     if (path / _FILE).is_file():
         files = {path / _FILE}
@@ -161,13 +167,14 @@ def _open_files(path: Path) -> dict[str, Any]:
             f"only {pickles[0]}: a pickle can run code when it is read; save it again as safetensors" if pickles else ""
         )
         raise UsageError(f"{path} has no {_FILE}" + (f", {why}" if why else ""))
-    opened: dict[str, Any] = {}
+    opened: dict[str, tuple[Any, str]] = {}
     for file in sorted(files):
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
-        opened |= dict.fromkeys(handle.keys(), handle)
+        stored = [name for name in handle.keys() if not family.is_derived(name)]  # noqa: SIM118  (no mapping)
+        opened |= {family.canonical(name): (handle, name) for name in stored}
     return opened
 
 
@@ -182,28 +189,20 @@ def _parts(index: Path) -> list[str]:
     return list(weight_map.values())
 
 
-def _check(path: Path, config: ModelConfig, shapes: Shapes, unknown: list[str], family: Any) -> None:
-    expected = dict(parameter_shapes(config))
-    if "class_head.weight" in shapes:
-        expected.pop("head.weight", None)  # a classifier has no language head, tied or not
-        expected["class_head.weight"] = (shapes["class_head.weight"][0], config.hidden_size)
-    if config.tied:
-        shapes.pop("head.weight", None)  # some writers store the tied matrix twice
-    complaints = [f"unknown tensor {name}" for name in unknown]
-    complaints += [f"unexpected tensor {family.their_name(name)}" for name in shapes if name not in expected]
-    complaints += [f"missing tensor {family.their_name(name)}" for name in expected if name not in shapes]
+def _check(path: Path, pieces: Mapping[str, Piece], files: Mapping[str, tuple[Any, str]]) -> None:
+    expected = {piece.theirs: piece.shape for piece in pieces.values()}
+    shapes = {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in files.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name in expected or name != _HEAD}  # a tied one, twice
+    complaints = [f"unexpected tensor {files[name][1]}" for name in shapes if name not in expected]
+    complaints += [f"missing tensor {name}" for name in expected if name not in shapes]
     complaints += [
-        f"{family.their_name(name)} has shape {list(shapes[name])}, config.json says {list(shape)}"
+        f"{name} has shape {list(shapes[name])}, config.json says {list(shape)}"
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
     if complaints:
         more = f", and {len(complaints) - 5} more" if len(complaints) > 5 else ""
         raise CheckpointError(f"{path} does not hold the model of its config.json: {'; '.join(complaints[:5])}{more}")
-
-
-def _score(name: str, family: Any) -> str:
-    return str(family.their_name("class_head.weight" if name == "value_head.weight" else name))
 
 
 def _write_files(path: Path, weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -218,7 +217,6 @@ def _write_files(path: Path, weights: Iterable[tuple[str, Tensor]]) -> str:
         part.clear()
 
     for name, tensor in weights:
-        tensor = tensor.detach().cpu().contiguous()
         if part and size + tensor.nbytes > _SHARD_BYTES:
             flush()
             size = 0

@@ -1,8 +1,9 @@
 """Initial values (law Init): each a pure function of (seed, parameter name, element index), any box drawn on its own.
 
 Weights are Normal(0, init_std), the two projections back into the residual stream scaled by 1/sqrt(2 num_layers)
-(GPT-2, Radford et al. 2019); norms one, biases zero. A class head is Normal(0, 1/sqrt(D+1)) (Stiennon et al. 2020), a
-value head zero: the first values are 0, not noise.
+(GPT-2, Radford et al. 2019); with DeepNorm these, the values and the feed-forward by (8 num_layers)^(-1/4) (Wang et al.
+2022). Norms one, biases zero. A class head is Normal(0, 1/sqrt(D+1)) (Stiennon et al. 2020), a value head zero: the
+first values are 0, not noise.
 """
 
 import functools
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from framework.core import random
 from framework.core.errors import UsageError, nearest
 from framework.core.records import Box, ReadBox, whole
-from framework.models.config import ModelConfig
+from framework.models.config import ModelConfig, NormPlace
 from framework.models.transformer import Transformer
 
 _DRAWN_AT_ONCE = 1 << 18  # elements; the integers of the generator then stay in the cache
@@ -61,6 +62,9 @@ def _deviation(name: str, config: ModelConfig) -> float | None:
         return None
     if module == "class_head":
         return (config.hidden_size + 1) ** -0.5
+    if config.norm_place is NormPlace.DEEP:
+        shrinks = module.endswith(("attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"))
+        return config.init_std * (8 * config.num_layers) ** -0.25 if shrinks else config.init_std
     back_into_residual = module.endswith(("attention.o", "mlp.down"))
     return config.init_std * (2 * config.num_layers) ** -0.5 if back_into_residual else config.init_std
 

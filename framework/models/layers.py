@@ -11,6 +11,7 @@ from cuda_ext.rms_norm.op import rms_norm
 from cuda_ext.swiglu.op import swiglu
 from framework.models.config import Activation, ModelConfig, Norm
 
+_TANH = (Activation.GELU_TANH, Activation.GEGLU_TANH)
 _ROWS = 8  # measured: a CPU matmul over 8k terms gives a row the same bits in any batch whose rows come in eights
 
 
@@ -46,8 +47,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, strict: bool):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.feed_forward_size, config.mlp_bias
-        gated = config.activation is Activation.SWIGLU
-        self.gate = Linear(hidden, inner, bias, strict) if gated else None
+        self.gate = Linear(hidden, inner, bias, strict) if config.activation.is_gated else None
         self.up = Linear(hidden, inner, bias, strict)
         self.down = Linear(inner, hidden, bias, strict)
         self.activation = config.activation
@@ -55,9 +55,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
-        if self.gate is not None:
+        if self.gate is not None and self.activation is Activation.SWIGLU:
             return self.down(swiglu(self.gate(x), self.up(x), strict=self.strict))
         act = strict_activation if self.strict else activation
+        if self.gate is not None:
+            return self.down(act(self.gate(x), self.activation) * self.up(x))
         return self.down(act(self.up(x), self.activation))
 
 
@@ -76,10 +78,10 @@ def strict_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
-    """The nonlinearity of a block without a gate, elementwise."""
+    """GELU or ReLU, of a block or of its gate, elementwise."""
     if kind is Activation.RELU:
         return F.relu(x)
-    return F.gelu(x, approximate="tanh" if kind is Activation.GELU_TANH else "none")
+    return F.gelu(x, approximate="tanh" if kind in _TANH else "none")
 
 
 def strict_activation(x: Tensor, kind: Activation) -> Tensor:
@@ -87,6 +89,6 @@ def strict_activation(x: Tensor, kind: Activation) -> Tensor:
     the last elements of a buffer take another code path)."""
     if kind is Activation.RELU:
         return F.relu(x)
-    if kind is Activation.GELU_TANH:
+    if kind in _TANH:
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
     return 0.5 * x * (1 + torch.erf(x * 0.5**0.5))

@@ -1,21 +1,103 @@
-"""How tokens know their place: the cosines and sines of rotary embedding, computed where and when they are used.
+"""How tokens know their place: the cosines and sines of rotary embedding and the slopes of linear biases, computed
+where and when they are used.
 
-No table is stored: nothing to initialise, shard, or keep in step with a longer context. Scaled variants (yarn, llama3)
-belong to the families that need them.
+No table is stored: nothing to initialise, shard, or keep in step with a longer context. Left out: frequencies that
+depend on the longest row of a batch (dynamic NTK), with which a row's answer would depend on the other rows.
 """
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cuda_ext.rotary.op import rotary
+from framework.models.config import ModelConfig, RopeScaling, Scaling
 
 
-def rotary_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [B|1,T,H], of positions[B|1,T] times the frequencies theta^(-2i/H), i < H/2, both halves alike.
+def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [B|1,T,R], of positions[B|1,T] times the frequencies, both halves alike; R = config.turned_size.
 
     In at least fp32. Angles are taken in fp64: in fp32 an angle at position 100,000 is off by 0.004, and the bits of
     a cosine would depend on its place in the buffer.
     """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size
-    angles = positions.unsqueeze(-1).double() * theta**-exponents
-    wide = torch.promote_types(dtype, torch.float32)
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    angles = positions.unsqueeze(-1).double() * frequencies(config, positions.device)
+    wide, sharpness = torch.promote_types(dtype, torch.float32), _sharpness(config.rope_scaling)
+    cos, sin = (angles.cos() * sharpness).to(wide), (angles.sin() * sharpness).to(wide)
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
+def frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """[R/2] fp64: the angle by which pair i turns from one position to the next, theta^(-2i/R), scaled."""
+    size, scaling = config.turned_size, config.rope_scaling
+    exponents = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
+    plain = config.rope_theta**-exponents
+    if scaling.kind is Scaling.NONE:
+        return plain
+    kept = _kept(plain, config)
+    return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def _kept(plain: Tensor, config: ModelConfig) -> Tensor:
+    """[R/2] in 0..1: how much of each frequency stays as it was."""
+    scaling = config.rope_scaling
+    slow, fast = scaling.slow, scaling.upper
+    if scaling.kind is Scaling.LINEAR:
+        return torch.zeros_like(plain)
+    if scaling.kind is Scaling.LLAMA3:
+        turns = scaling.original_positions * plain / (2 * math.pi)
+        return ((turns - slow) / (fast - slow)).clamp(0, 1)
+    # YaRN blends by index, between the indices (whole ones) that turn `fast` and `slow` times
+    first, last = (
+        config.turned_size
+        * math.log(scaling.original_positions / (turns * 2 * math.pi))
+        / (2 * math.log(config.rope_theta))
+        for turns in (fast, slow)
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), config.turned_size - 1)
+    index = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
+    return 1 - ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def _sharpness(scaling: RopeScaling) -> float:
+    if scaling.kind is not Scaling.YARN:
+        return 1.0
+    return scaling.sharpness or 1 + math.log(scaling.factor) / 10
+
+
+def turn(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotary embedding of the first R numbers of each head: x[B,T,N,H], tables[B|1,T,R] -> [B,T,N,H].
+
+    interleaved: numbers 2i and 2i+1 turn together. They are brought to i and i+R/2 and left there: q and k alike, so
+    that their products are the same.
+    """
+    size = tables[0].shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    if interleaved:
+        turned = torch.cat((turned[..., ::2], turned[..., 1::2]), dim=-1)
+    turned = rotary(turned, *tables)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Press et al. 2022, section 3: 2^(-8i/n) for i = 1..n, n a power of two; else those of the power of two below,
+    and then every other one of the power above."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]
+
+
+class Alibi(nn.Module):
+    """Turns what a query sees into numbers to add to its scores. Without parameters, so that a plan can put here one
+    for some of the heads: those from `first` on, `count` of them."""
+
+    def __init__(self, heads: int, first: int = 0, count: int = 0):
+        super().__init__()
+        self.slopes = alibi_slopes(heads)[first : first + (count or heads)]
+
+    def forward(self, seen: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """seen[B|1,1,T,S] bool, places[B|1,T] of the queries among the keys -> [B|1,N,T,S]: -slope x distance where
+        a key is seen, -inf elsewhere."""
+        distances = torch.arange(seen.shape[-1], device=seen.device) - places.unsqueeze(-1)
+        slopes = torch.tensor(self.slopes, dtype=torch.promote_types(dtype, torch.float32), device=seen.device)
+        bias = slopes.view(-1, 1, 1) * distances.unsqueeze(1)
+        return bias.masked_fill(~seen, float("-inf")).to(dtype)

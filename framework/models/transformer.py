@@ -10,31 +10,40 @@ from torch import Tensor, nn
 
 from framework.core.config import require
 from framework.core.errors import UsageError
-from framework.models.attention import Attention, Context, DocumentMask, cache_mask
+from framework.models.attention import Attention, Context
 from framework.models.config import ModelConfig, NormPlace, Position
 from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
-from framework.models.positions import rotary_tables
+from framework.models.mask import DocumentMask, View, cache_mask, near, triangle
+from framework.models.positions import Alibi, rotary_tables
 
 
 class Layer(nn.Module):
-    """One block. Pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)); f is attention, then the feed-forward block."""
+    """One block: attention, then the feed-forward; where it normalises says `config.NormPlace`."""
 
     def __init__(self, config: ModelConfig, index: int, strict: bool):
         super().__init__()
+        sandwich = config.norm_place is NormPlace.SANDWICH
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, index, strict)
+        self.attention_out_norm = build_norm(config) if sandwich else None
         self.mlp_norm = build_norm(config)
         self.mlp = MLP(config, strict)
-        self.pre = config.norm_place is NormPlace.PRE
+        self.mlp_out_norm = build_norm(config) if sandwich else None
+        self.norms_first = config.ends_with_norm
+        self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
-        if self.pre:
-            x = x + self.attention(self.attention_norm(x), context)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self.attention(x, context))
-        return self.mlp_norm(x + self.mlp(x))
+        if self.norms_first:
+            x = x + _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
+            return x + _normed(self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
+        x = self.attention_norm(self.residual_scale * x + self.attention(x, context))
+        return self.mlp_norm(self.residual_scale * x + self.mlp(x))
+
+
+def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class Transformer(nn.Module):
@@ -54,9 +63,11 @@ class Transformer(nn.Module):
         learned = config.position is Position.LEARNED
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.embedding_norm = build_norm(config) if config.embedding_norm else None
         self.mask = DocumentMask()
+        self.alibi = Alibi(config.num_heads) if config.position is Position.ALIBI else None
         self.layers = nn.ModuleDict({str(i): Layer(config, i, strict) for i in range(config.num_layers)})
-        self.norm = build_norm(config) if config.norm_place is NormPlace.PRE else None
+        self.norm = build_norm(config) if config.ends_with_norm else None
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, False, strict)
 
     def forward(
@@ -82,10 +93,11 @@ class Transformer(nn.Module):
         hidden = tokens if self.embedding is None else self.embedding(tokens)
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(positions)
+        hidden = _normed(hidden, self.embedding_norm)
         context = self._context(hidden, positions, document_ids, cache)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
-        return hidden if self.norm is None else self.norm(hidden)
+        return _normed(hidden, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden[..., D] -> [..., V]. For users and generation; training goes through the Scorer, which keeps none."""
@@ -107,15 +119,28 @@ class Transformer(nn.Module):
     ) -> Context:
         tables = None
         if self.config.position is Position.ROTARY:
-            tables = rotary_tables(positions, self.config.head_size, self.config.rope_theta, hidden.dtype)
-        length = positions.shape[1]
+            tables = rotary_tables(positions, self.config, hidden.dtype)
+        places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
+        mask = None if document_ids is None else self.mask(document_ids)
         if cache is not None:
-            positions = positions.expand(hidden.shape[0], -1)
+            places = positions = positions.expand(hidden.shape[0], -1)
             keys = cache.cache.length if self.strict else cache.used
-            return Context(positions, tables, cache_mask(positions, keys), False, cache, keys)
-        if document_ids is None:
-            return Context(positions, tables, None, True, None, length)
-        return Context(positions, tables, self.mask(document_ids), False, None, length)
+            mask = cache_mask(positions, keys)
+        whole = self._view(mask, places, keys, 0, hidden.dtype)
+        window = self.config.window
+        close = self._view(mask, places, keys, window, hidden.dtype) if window else whole
+        return Context(positions, tables, whole, close, cache, keys)
+
+    def _view(self, mask: Tensor | None, places: Tensor, keys: int, window: int, dtype: torch.dtype) -> View:
+        """What layers with that window see (0: without one) of what `mask` shows; None shows all up to the query."""
+        narrow = 0 < window < keys
+        if mask is None and not narrow and self.alibi is None:
+            return View(None, causal=True)
+        if mask is None:
+            mask = triangle(keys, places.device)
+        if narrow:
+            mask = near(mask, places, window)
+        return View(mask if self.alibi is None else self.alibi(mask, places, dtype), causal=False)
 
 
 def _require_strict_sizes(config: ModelConfig) -> None:

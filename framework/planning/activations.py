@@ -15,7 +15,7 @@ matrices take in is gathered, and kept so. Left out: strict mode, compiled block
 
 from dataclasses import dataclass
 
-from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, ModelConfig, Norm, Position
 from framework.parallel.config import Recompute
 
 CHUNK_LOGITS = 1 << 25  # as cuda_ext.linear_log_probs and parallel.tensor: logits held at once
@@ -51,10 +51,11 @@ def block_kept(model: ModelConfig, load: Load, recompute: Recompute) -> int:
     if recompute is Recompute.FULL:
         return taken // load.tensor
     if recompute is Recompute.SELECTIVE:  # its input, and what each product gave
-        ups = 2 if model.activation is Activation.SWIGLU else 1
+        ups = 2 if model.activation.is_gated else 1
         products = p * (queries + 2 * keys + ups * inner) * e + 2 * taken
         return taken // load.tensor + products + _attended(model, load)
-    acted = {Activation.SWIGLU: 4, Activation.RELU: 1}.get(model.activation, 2)
+    gated = 4 if model.activation.is_gated else 2
+    acted = 1 if model.activation is Activation.RELU else gated
     given = p * (queries + 2 * keys) * e
     return (
         2 * _norm_kept(model, load) + 2 * taken + given + _attended(model, load) + _mask(load) + acted * p * inner * e
@@ -70,7 +71,7 @@ def shared_kept(model: ModelConfig, load: Load, recompute: Recompute) -> int:
 def head_kept(model: ModelConfig, load: Load, labels: bool = True) -> int:
     """Bytes that the end of the model keeps: the last norm, and the states that labels are scored from with their
     log-probs, every label counting. `labels` False: a value or class head, which keeps next to nothing."""
-    norm = _norm_kept(model, load) if model.norm_place is NormPlace.PRE else 0
+    norm = _norm_kept(model, load) if model.ends_with_norm else 0
     if not labels:
         return norm
     states, rows = load.places * model.hidden_size * load.wide, _vocabulary(model, load)
@@ -90,7 +91,7 @@ def block_working(model: ModelConfig, load: Load, recompute: Recompute) -> int:
     """Bytes beside all that is kept while a block's gradients are taken: what it computes again, and the gradients of
     its widest part."""
     again = block_kept(model, load, Recompute.NONE) - block_kept(model, load, recompute)
-    inner = (3 if model.activation is Activation.SWIGLU else 2) * load.places * _shared(model, load)[2] * load.compute
+    inner = (3 if model.activation.is_gated else 2) * load.places * _shared(model, load)[2] * load.compute
     return max(0, again) + max(inner + load.places * model.hidden_size * load.compute, _ring_working(model, load))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Bias, ModelConfig, Norm, NormPlace, Position
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,15 @@ def count(table: Table) -> int:
 
 
 def block(model: ModelConfig) -> list[Entry]:
-    """One layer: attention, feed-forward, two norms."""
+    """One layer: attention, feed-forward, norms."""
     hidden, inner = model.hidden_size, model.feed_forward_size
     queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
-    ups = 2 if model.activation is Activation.SWIGLU else 1
-    table = [entry for size in (queries, keys, keys) for entry in _columns(hidden, size, model.attention_bias)]
-    table += _rows(queries, hidden, model.attention_bias)
+    ups = 2 if model.activation.is_gated else 1
+    bias = model.attention_bias
+    table = [entry for size in (queries, keys, keys) for entry in _columns(hidden, size, bias is not Bias.NONE)]
+    table += _rows(queries, hidden, bias is Bias.ALL) + [Entry((model.head_size,))] * (2 if model.qk_norm else 0)
     table += ups * _columns(hidden, inner, model.mlp_bias) + _rows(inner, hidden, model.mlp_bias)
-    return table + 2 * _norm(model)
+    return table + (4 if model.norm_place is NormPlace.SANDWICH else 2) * _norm(model)
 
 
 def root(model: ModelConfig, first: bool = True, last: bool = True, classes: int = 0) -> list[Entry]:
@@ -74,8 +75,8 @@ def root(model: ModelConfig, first: bool = True, last: bool = True, classes: int
     learned = (
         [Entry((model.max_positions, model.hidden_size), embeds=True)] if model.position is Position.LEARNED else []
     )
-    begin = [table, *learned] if first else []
-    norm = _norm(model) if model.norm_place is NormPlace.PRE else []
+    begin = [table, *learned, *(_norm(model) if model.embedding_norm else [])] if first else []
+    norm = _norm(model) if model.ends_with_norm else []
     head = [] if classes or (model.tied and first) else [matrix]
     heads = [Entry((classes, model.hidden_size))] if classes else []
     return begin + (norm + head + heads if last else [])

@@ -11,7 +11,7 @@ from framework.core.runtime import Runtime
 from framework.engine.build import build_engine
 from framework.engine.config import EngineConfig
 from framework.engine.torch_engine import TorchEngine
-from framework.models.config import ModelConfig
+from framework.models.config import Bias, ModelConfig
 from framework.models.init import random_weights
 from framework.objectives.language import next_token_loss
 from framework.objectives.preference import pairwise_ranking_loss
@@ -19,7 +19,7 @@ from framework.optim.config import OptimConfig, Schedule
 from framework.parallel.config import ParallelConfig
 
 VOCAB = 37  # divisible by nothing
-TIED = ModelConfig(vocab_size=VOCAB, hidden_size=24, num_layers=2, num_heads=3, num_kv_heads=1, attention_bias=True)
+TIED = ModelConfig(vocab_size=VOCAB, hidden_size=24, num_layers=2, num_heads=3, num_kv_heads=1, attention_bias=Bias.ALL)
 UNTIED = ModelConfig(vocab_size=VOCAB, hidden_size=20, num_layers=1, num_heads=2, tied=False)
 SINGLE, FSDP, DDP = ParallelConfig(), ParallelConfig("fsdp", shard=0), ParallelConfig("ddp")
 OPTIM = OptimConfig(lr=0.01, eps=1e-5, schedule=Schedule.COSINE, warmup=0.1, clip=1.0)

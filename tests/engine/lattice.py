@@ -28,7 +28,7 @@ from framework.engine.config import EngineConfig, Precision
 from framework.engine.metrics import means
 from framework.engine.plan import check
 from framework.engine.protocol import Engine, Piece, StepReport
-from framework.models.config import Activation, ModelConfig
+from framework.models.config import Activation, Bias, ModelConfig
 from framework.models.init import random_weights
 from framework.optim.config import OptimConfig, Schedule
 from framework.parallel import config as layouts
@@ -46,7 +46,7 @@ MODEL = ModelConfig(
     head_dim=4,
     intermediate_size=22,
     activation=Activation.SWIGLU,
-    attention_bias=True,
+    attention_bias=Bias.ALL,
     mlp_bias=True,
 )
 OPTIM = OptimConfig(lr=0.01, eps=1e-5, schedule=Schedule.COSINE, warmup=0.1, clip=1.0)
@@ -245,16 +245,18 @@ class Found:
     hashes: dict[str, str]  # of a checkpoint of one process, read and written again
 
 
-def engine_of(layout: Layout, runtime: Runtime, update: Update, precision: Precision) -> Engine:
+def engine_of(
+    layout: Layout, runtime: Runtime, update: Update, precision: Precision, model: ModelConfig = MODEL
+) -> Engine:
     return build_engine(
-        MODEL,
+        model,
         runtime=runtime,
         parallel=layout.parallel,
         config=EngineConfig(precision=precision),
         micro_size=MICRO,
         optim=OPTIM,
         total_steps=20,
-        weights=random_weights(MODEL, seed=7),
+        weights=random_weights(model, seed=7),
         **update.heads,
     )
 

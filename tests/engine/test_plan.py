@@ -108,7 +108,8 @@ def test_a_stage_drops_what_others_hold() -> None:
     assert middle.blocks == ["model.layers.2", "model.layers.3"]
     kept = {"model.layers.2", "model.layers.3"}
     parts = {f"model.layers.{i}" for i in range(6)} - kept
-    ends = {"model.embedding", "model.position_embedding", "model.norm", "model.head", "value_head", "class_head"}
+    ends = {"model.embedding", "model.position_embedding", "model.embedding_norm", "model.norm", "model.head"}
+    ends |= {"value_head", "class_head"}
     assert set(middle.dropped) == parts | ends
 
 

@@ -15,7 +15,7 @@ from framework.core.runtime import num_threads
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.native import NativeGenerator
 from framework.models import hub
-from framework.models.config import ModelConfig
+from framework.models.config import Bias, ModelConfig
 from framework.models.scorer import Scorer
 from tests.generation import tiny
 
@@ -146,7 +146,7 @@ def test_cached_decoding_is_a_forward_over_the_whole_row() -> None:
 
 def test_an_untied_grouped_model_with_biases_agrees_with_its_trainer_too(monkeypatch) -> None:
     config = ModelConfig(
-        vocab_size=51, hidden_size=48, num_layers=1, num_heads=6, num_kv_heads=3, attention_bias=True, tied=False,
+        vocab_size=51, hidden_size=48, num_layers=1, num_heads=6, num_kv_heads=3, attention_bias=Bias.ALL, tied=False,
         max_positions=64, init_std=0.3,
     )  # fmt: skip
     monkeypatch.setattr(tiny, "CONFIG", config)

@@ -11,12 +11,12 @@ from framework.core import random
 from framework.core.errors import UsageError
 from framework.core.records import whole
 from framework.models import init
-from framework.models.config import ModelConfig, Norm, Position
+from framework.models.config import Bias, ModelConfig, Norm, Position
 from framework.models.init import fill, parameter_shapes, random_weights
 from framework.models.transformer import Transformer
 from tests.models.drawn import TINY
 
-CONFIG = replace(TINY, norm=Norm.LAYER, attention_bias=True, tied=False, position=Position.LEARNED, max_positions=9)
+CONFIG = replace(TINY, norm=Norm.LAYER, attention_bias=Bias.ALL, tied=False, position=Position.LEARNED, max_positions=9)
 SHAPES = parameter_shapes(CONFIG) | {"value_head.weight": (1, 32), "class_head.weight": (3, 32)}
 
 

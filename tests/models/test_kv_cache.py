@@ -10,7 +10,7 @@ from torch import Tensor
 from cuda_ext.linear_log_probs.op import log_softmax
 from framework.core.records import Rollout
 from framework.core.runtime import num_threads
-from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
 from framework.models.kv_cache import KVCache
 from framework.models.scorer import Scorer
 from framework.models.transformer import Transformer
@@ -19,12 +19,23 @@ from tests.models.drawn import TINY, drawn, tokens
 AXES = {
     "llama": TINY,
     "untied, biases, wide heads": replace(
-        TINY, hidden_size=40, head_dim=16, tied=False, attention_bias=True, vocab_size=301
+        TINY, hidden_size=40, head_dim=16, tied=False, attention_bias=Bias.ALL, vocab_size=301
     ),
     "gpt": replace(TINY, position=Position.LEARNED, norm=Norm.LAYER, activation=Activation.GELU_TANH, mlp_bias=True),
     "post, erf": replace(TINY, norm=Norm.LAYER, norm_place=NormPlace.POST, activation=Activation.GELU),
     "no positions, relu": replace(TINY, position=Position.NONE, activation=Activation.RELU),
     "larger": replace(TINY, vocab_size=2500, hidden_size=96, head_dim=24, num_kv_heads=0, intermediate_size=0),
+    "alibi, norm of the embedding": replace(
+        TINY, position=Position.ALIBI, norm=Norm.LAYER, embedding_norm=True, num_heads=4
+    ),
+    "window, norms of q and k": replace(TINY, window=4, window_from=1, qk_norm=True, attention_bias=Bias.QKV),
+    "sandwich, half of each head turned": replace(
+        TINY, norm_place=NormPlace.SANDWICH, head_dim=16, rope_fraction=0.5, rope_interleaved=True
+    ),
+    "deep, geglu, window with alibi": replace(
+        TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=3
+    ),
+    "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
 }
 SLOTS, WIDTH = 3, 21
 

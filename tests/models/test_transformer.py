@@ -9,25 +9,36 @@ import transformers
 from torch import Tensor
 
 from framework.core.errors import UsageError
-from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
 from framework.models.transformer import Transformer
 from tests.models.drawn import TINY, drawn, positions, tokens
 
 GPT2 = ModelConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, max_positions=24, position=Position.LEARNED,
-    norm=Norm.LAYER, activation=Activation.GELU_TANH, attention_bias=True, mlp_bias=True,
+    norm=Norm.LAYER, activation=Activation.GELU_TANH, attention_bias=Bias.ALL, mlp_bias=True,
 )  # fmt: skip
 AXES = {
     "rotary rms pre swiglu grouped": TINY,
     "untied": replace(TINY, tied=False),
     "wide heads": replace(TINY, head_dim=16),
-    "biases": replace(TINY, attention_bias=True, mlp_bias=True),
+    "biases": replace(TINY, attention_bias=Bias.ALL, mlp_bias=True),
     "learned layer-norm gelu_tanh": GPT2,
     "post-norm": replace(GPT2, norm_place=NormPlace.POST),
     "no positions, relu, one key head": replace(
         TINY, position=Position.NONE, activation=Activation.RELU, num_kv_heads=1
     ),
     "gelu": replace(TINY, activation=Activation.GELU),
+    "alibi, norm of the embedding": replace(
+        TINY, position=Position.ALIBI, norm=Norm.LAYER, embedding_norm=True, num_heads=4
+    ),
+    "window, norms of q and k": replace(TINY, window=4, window_from=1, qk_norm=True, attention_bias=Bias.QKV),
+    "sandwich, half of each head turned": replace(
+        TINY, norm_place=NormPlace.SANDWICH, head_dim=16, rope_fraction=0.5, rope_interleaved=True
+    ),
+    "deep, geglu, window with alibi": replace(
+        TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=4
+    ),
+    "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
 }
 
 
@@ -166,7 +177,7 @@ def test_two_pipeline_cuts_make_one_model(config: ModelConfig) -> None:
     del first.layers["1"]
     first.norm = first.head = None
     del second.layers["0"]
-    second.embedding = second.position_embedding = None
+    second.embedding = second.position_embedding = second.embedding_norm = None
     assert torch.equal(second(first(x)), expected)
 
 
@@ -189,7 +200,7 @@ def test_builds_and_runs_on_the_meta_device(config: ModelConfig) -> None:
 
 def test_names_are_the_contract() -> None:
     with torch.device("meta"):
-        model = Transformer(replace(TINY, num_layers=1, tied=False, attention_bias=True))
+        model = Transformer(replace(TINY, num_layers=1, tied=False, attention_bias=Bias.ALL))
     inner = ["attention_norm.weight", *(f"attention.{x}.{leaf}" for x in "qkvo" for leaf in ("weight", "bias"))]
     inner += ["mlp_norm.weight", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight"]
     expected = ["embedding.weight", *(f"layers.0.{name}" for name in inner), "norm.weight", "head.weight"]

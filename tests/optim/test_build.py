@@ -2,14 +2,14 @@
 
 import torch
 
-from framework.models.config import Activation, ModelConfig, Norm, Position
+from framework.models.config import Activation, Bias, ModelConfig, Norm, Position
 from framework.models.init import parameter_shapes
 from framework.optim.build import is_decayed
 
 
 def test_matrices_are_decayed_and_nothing_else() -> None:
     config = ModelConfig(
-        vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, tied=False, attention_bias=True, mlp_bias=True,
+        vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, tied=False, attention_bias=Bias.ALL, mlp_bias=True,
         norm=Norm.LAYER, position=Position.LEARNED, activation=Activation.GELU,
     )  # fmt: skip
     decayed = {name for name, shape in parameter_shapes(config).items() if is_decayed(name, shape)}

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from cuda_ext.attention import reference
 from framework.core.errors import DeadlineError, UsageError
 from framework.core.runtime import Runtime
-from framework.models.attention import document_mask
+from framework.models.mask import document_mask
 from framework.parallel.collectives import Ranks
 from framework.parallel.context import Cut, ExchangeCore, WholeIds
 from framework.parallel.heads import check_heads

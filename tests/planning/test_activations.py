@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from framework.core.records import TokenBatch, count
-from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
 from framework.models.scorer import Scorer
 from framework.models.transformer import Transformer
 from framework.parallel.config import Recompute
@@ -28,7 +28,7 @@ from framework.stages.pretrain import token_loss
 LLAMA = ModelConfig(vocab_size=300, hidden_size=64, num_layers=3, num_heads=8, num_kv_heads=4, intermediate_size=160)
 GPT = ModelConfig(
     vocab_size=101, hidden_size=48, num_layers=2, num_heads=3, norm=Norm.LAYER, activation=Activation.GELU, tied=False,
-    position=Position.LEARNED, attention_bias=True, mlp_bias=True,
+    position=Position.LEARNED, attention_bias=Bias.ALL, mlp_bias=True,
 )  # fmt: skip
 POST = ModelConfig(vocab_size=101, hidden_size=64, num_layers=2, norm_place=NormPlace.POST, activation=Activation.RELU)
 SHAPES = [(4, 32), (2, 96)]  # rows, places

@@ -1,11 +1,12 @@
 """The table of parameters against a model that is really built (on the meta device)."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from framework.models.config import Activation, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
 from framework.models.transformer import Transformer
 from framework.planning.parameters import Entry, block, num_parameters, root
 
@@ -16,7 +17,7 @@ AXES = list(itertools.product([True, False], [Activation.SWIGLU, Activation.GELU
 def test_the_table_counts_every_parameter(flag: bool, activation: Activation, norm: Norm, kv: int) -> None:
     config = ModelConfig(
         vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=kv, head_dim=10, activation=activation,
-        norm=norm, tied=flag, attention_bias=flag, mlp_bias=not flag, max_positions=19,
+        norm=norm, tied=flag, attention_bias=Bias.ALL if flag else Bias.NONE, mlp_bias=not flag, max_positions=19,
         norm_place=NormPlace.POST if flag and kv == 4 else NormPlace.PRE,
         position=Position.LEARNED if flag else Position.ROTARY,
     )  # fmt: skip
@@ -25,6 +26,22 @@ def test_the_table_counts_every_parameter(flag: bool, activation: Activation, no
     table = [entry.shape for entry in root(config) + 3 * block(config)]
     assert sorted(table) == sorted(tuple(p.shape) for p in model.parameters())
     assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"qk_norm": True, "attention_bias": Bias.QKV, "norm_place": NormPlace.SANDWICH, "activation": Activation.GEGLU},
+        {"embedding_norm": True, "position": Position.ALIBI, "norm": Norm.LAYER, "norm_place": NormPlace.DEEP},
+    ],
+    ids=["sandwich", "deep"],
+)
+def test_norms_of_other_places_and_biases_of_some(more: dict[str, Any]) -> None:
+    config = ModelConfig(vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, **more)
+    with torch.device("meta"):
+        model = Transformer(config)
+    table = [entry.shape for entry in root(config) + 3 * block(config)]
+    assert sorted(table) == sorted(tuple(p.shape) for p in model.parameters())
 
 
 def test_llama_2_7b_has_its_published_size() -> None:

@@ -1,0 +1,86 @@
+"""Law Layout for the axes that the lattice's model lacks: linear biases, windows, norms in other places.
+
+Two models that have them all between them, in fp64, under layouts that cut heads, places and layers.
+"""
+
+from collections.abc import Mapping
+
+import pytest
+
+from framework.core.errors import UsageError
+from framework.core.runtime import Runtime
+from framework.engine.config import EngineConfig, Precision
+from framework.engine.plan import check
+from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position, RopeScaling, Scaling
+from framework.parallel.config import ContextForm, ParallelConfig
+from tests.distributed import run_ranks
+from tests.engine.lattice import (
+    PRETRAINING,
+    UPDATES,
+    Course,
+    Deviation,
+    Layout,
+    bound,
+    compare,
+    engine_of,
+    train,
+)
+
+MODELS = {
+    "bloom's kind": ModelConfig(
+        vocab_size=37, hidden_size=24, num_layers=3, num_heads=6, position=Position.ALIBI, norm=Norm.LAYER,
+        embedding_norm=True, activation=Activation.GELU_TANH, attention_bias=Bias.ALL, mlp_bias=True,
+    ),
+    "glm's and qwen's": ModelConfig(
+        vocab_size=37, hidden_size=20, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=22,
+        qk_norm=True, window=4, window_from=1, norm_place=NormPlace.SANDWICH, rope_fraction=0.5, rope_interleaved=True,
+        rope_scaling=RopeScaling(Scaling.YARN, 4.0, 8), activation=Activation.GEGLU,
+        attention_bias=Bias.QKV, tied=False,
+    ),
+    "deep and learned": ModelConfig(
+        vocab_size=37, hidden_size=20, num_layers=3, num_heads=4, norm_place=NormPlace.DEEP, position=Position.LEARNED,
+        max_positions=16, embedding_norm=True,
+    ),
+}  # fmt: skip
+LAYOUTS = [
+    Layout(2, ParallelConfig("tensor 2", tensor=2)),
+    Layout(4, ParallelConfig("shard 2, tensor 2", shard=2, tensor=2)),
+    Layout(3, ParallelConfig("shard 3", shard=3)),
+    Layout(4, ParallelConfig("tensor 2, pipeline 2", tensor=2, pipeline=2)),
+]
+
+
+def course(runtime: Runtime, layout: Layout, model: ModelConfig) -> Course:
+    update = UPDATES[PRETRAINING]
+    return train(engine_of(layout, runtime, update, Precision.FP64, model), update)[0]
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Course]:
+    """One process's answers."""
+    return {name: course(Runtime(), Layout(1, ParallelConfig()), model) for name, model in MODELS.items()}
+
+
+def visit(runtime: Runtime, layout: Layout, answers: Mapping[str, Course]) -> dict[str, Deviation]:
+    return {name: compare(course(runtime, layout, MODELS[name]), answer) for name, answer in answers.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name.replace(" ", "-"))
+def test_every_axis_gives_one_process_s_answer(layout: Layout, one: dict[str, Course]) -> None:
+    for found in run_ranks(visit, layout.world, layout, one, timeout_s=280):
+        for name, deviation in found.items():
+            tolerance = bound(Precision.FP64)
+            assert deviation.start, name
+            assert max(deviation.loss, deviation.gradient, deviation.after) <= tolerance, (name, deviation)
+
+
+@pytest.mark.parametrize("form", list(ContextForm))
+def test_what_context_ranks_cannot_attend_is_refused_by_name(form: ContextForm) -> None:
+    parallel = ParallelConfig("cp", context=2, context_form=form)
+    for model, line in zip(
+        list(MODELS.values())[:2],
+        (r"model\.position=alibi does not go with parallel\.context=2", r"model\.window does not go with parallel"),
+        strict=True,
+    ):
+        with pytest.raises(UsageError, match=line):
+            check(model, parallel, EngineConfig(), 2)
