@@ -27,14 +27,18 @@ from framework.models.transformer import Transformer
 Shapes = dict[str, tuple[int, ...]]
 _FILE = "model.safetensors"
 _HEAD = "lm_head.weight"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # an absent one would be the published model's
 _SHARD_BYTES = 4 << 30
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a folder, in its stored dtype unless told. A classifier's head is left behind."""
-    config, read, _ = read_folder(folder)
+    """The model of a folder, in its stored dtype unless told. A classifier's head is left behind; untied, the model has
+    no language head then."""
+    config, read, shapes = read_folder(folder)
     with torch.device("meta"):
         model = Transformer(config)
+    if "head.weight" not in shapes:
+        model.head = None
     return fill(model, read, dtype, device)
 
 
@@ -108,7 +112,7 @@ def save_weights(
         stale.unlink(missing_ok=True)
     heads = {"value_head.weight": "class_head.weight"}
     dtype = _write_files(path, joined(weights, lambda name: pieces[heads.get(name, name)]))
-    theirs |= {"dtype": dtype, **(extra or {})}
+    theirs |= {"dtype": dtype, **dict.fromkeys(_TOKENS), **(extra or {})}
     (path / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
 
 

@@ -110,7 +110,7 @@ class Transformer(nn.Module):
         """weight[V,D] from hidden states to logits: the head's, or the embedding's where they are tied."""
         if self.head is not None:
             return self.head.weight
-        if self.embedding is None:
+        if self.embedding is None or not self.config.tied:
             raise ValueError("this part of the model holds neither head nor embedding: no logits can be had from it")
         return self.embedding.weight
 

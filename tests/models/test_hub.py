@@ -119,6 +119,9 @@ def test_their_untied_classifier_loads_without_a_language_head(tmp_path: Path) -
     _, read, shapes = hub.read_folder(tmp_path)
     assert "head.weight" not in shapes
     assert "value_head.weight" not in shapes
+    ours, x = hub.load(tmp_path), tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs.model(x).last_hidden_state, rtol=0, atol=1e-5)
     assert torch.equal(read("class_head.weight", whole((3, 32))), theirs.score.weight.detach())
 
 
