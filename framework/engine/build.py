@@ -26,11 +26,12 @@ def build_engine(
     value_head: bool = False,
     num_classes: int = 0,
     temperature: float = 1.0,
+    frozen: frozenset[str] = frozenset(),
 ) -> Engine:
     """An engine with its weights, laid out over the ranks of the world. Collective.
 
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
-    the logits of every log-prob.
+    the logits of every log-prob. `frozen`: logical names of parameters that do not learn.
     """
     if parallel.zero in (1, 2) and optim is None:  # no states and no gradients that could be shared out
         parallel = ParallelConfig("ddp")
@@ -47,4 +48,5 @@ def build_engine(
         value_head=value_head,
         num_classes=num_classes,
         temperature=temperature,
+        frozen=frozen,
     )

@@ -1,6 +1,6 @@
 """How an engine computes a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from framework.core.config import Choice, require
 
@@ -44,12 +44,15 @@ class TrainConfig:
     steps: int = 0  # optimizer steps; 0 = derived from epochs
     epochs: float = 1.0
     validate_every: int = 0  # steps; 0 = at the end only
+    freeze: list[str] = field(default_factory=list)  # parts of the model that do not learn: [embedding, layers.0]
+    last_layers: int = 0  # only so many layers learn, and what stands behind them; 0 = all
     profile: bool = False  # a torch.profiler trace of steps 3 to 5 in the run folder
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"train.steps={self.steps} must not be negative; 0 = as train.epochs says")
         require(self.epochs > 0, f"train.epochs={self.epochs} must be positive")
         require(self.validate_every >= 0, f"train.validate_every={self.validate_every} must not be negative")
+        require(self.last_layers >= 0, f"train.last_layers={self.last_layers} must not be negative; 0 = all")
 
     def total_steps(self, rows: int, batch_size: int) -> int:
         """Optimizer steps for `rows` rows: `steps` where given, else epochs, the last partial batch left out."""

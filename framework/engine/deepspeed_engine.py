@@ -62,6 +62,7 @@ def build_deepspeed_engine(
     value_head: bool = False,
     num_classes: int = 0,
     temperature: float = 1.0,
+    frozen: frozenset[str] = frozenset(),
 ) -> "DeepSpeedEngine":
     """As `build_engine`, `parallel.zero` set. Under ZeRO-3 no rank holds more than one module whole. Collective.
 
@@ -72,6 +73,8 @@ def build_deepspeed_engine(
     with torch.device("meta"):
         scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
     scorer.to(COMPUTE[config.precision]).requires_grad_(optim is not None)
+    for name in frozen:
+        scorer.model.get_parameter(name).requires_grad_(False)
     told = settings(
         parallel,
         config.precision,
@@ -89,7 +92,8 @@ def build_deepspeed_engine(
     leaves = _Leaves(scorer)
     with contextlib.redirect_stdout(io.StringIO()):  # in bf16, ZeRO-1 prints its memory a dozen times
         zero, *_ = deepspeed.initialize(model=leaves, optimizer=adamw, config=told, dist_init_required=False)
-    engine = DeepSpeedEngine(leaves, zero, adamw, mesh.ranks(*DATA), config, micro_size, total_steps, runtime.device)
+    ranks, device = mesh.ranks(*DATA), runtime.device
+    engine = DeepSpeedEngine(leaves, zero, adamw, ranks, config, micro_size, total_steps, device, frozen)
     engine.load_weights(weights)
     return engine
 
@@ -107,23 +111,26 @@ class DeepSpeedEngine:
         micro_size: int,
         total_steps: int,
         device: torch.device,
+        frozen: frozenset[str],
     ):
         self.scorer, self.config, self.device, self.total_steps = leaves.scorer, config, device, total_steps
         self.ranks, self.data_rank, self.data_size = ranks, ranks.rank, ranks.size
         self.step_count = self._updates = self._skipped_in_a_row = 0
-        self._zero, self._adamw, self._work = zero, adamw, Work()
+        self._zero, self._adamw, self._work, self._frozen = zero, adamw, Work(), frozen
         carrier = Straight(leaves.whole_again(zero), backward=self._backward)
         self._passes = Passes(carrier, ranks, micro_size, device)
         parameters = {logical_name(name): p for name, p in self.scorer.named_parameters()}
         is_zero3 = zero.zero_optimization_partition_weights()
-        self._layout = Shares(zero.optimizer, ranks.rank, adamw is not None) if is_zero3 else Partitions(zero.optimizer)
+        shares, trains = zero.optimizer, adamw is not None
+        self._layout = Shares(shares, ranks.rank, trains) if is_zero3 else Partitions(shares, ranks)
         self._stretches = [self._layout.find(name, parameter) for name, parameter in parameters.items()]
 
     # --- forward and backward ----------------------------------------------------------------------------------
 
     def forward_backward(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""
-        self._work += training_work(self.scorer.model.config, without_empty(rows), self.scorer.scores_labels)
+        scores_labels = self.scorer.scores_labels
+        self._work += training_work(self.scorer.model.config, without_empty(rows), scores_labels, self._frozen)
         self._zero.train()
         return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}")
 
@@ -300,6 +307,8 @@ def _groups(scorer: Scorer, optim: OptimConfig) -> list[dict[str, Any]]:
     """What is decayed, and what is not."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in scorer.named_parameters():
+        if not parameter.requires_grad:
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         groups[is_decayed(logical_name(name), shape)].append(parameter)
     decays = {True: optim.weight_decay, False: 0.0}

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.core.records import Box
+from framework.parallel.collectives import Ranks
 from framework.parallel.flat import boxes
 
 
@@ -44,13 +46,19 @@ class Stretch:
 
 
 class Partitions:
-    """ZeRO-1 and -2: the compute copy is whole on every rank."""
+    """ZeRO-1 and -2: the compute copy is whole on every rank. Of what does not learn there is nothing else, and the
+    first rank speaks for it."""
 
-    def __init__(self, optimizer: Any):
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Any, ranks: Ranks):
+        self._optimizer, self._ranks = optimizer, ranks
+        self._still: list[Tensor] = []
 
     def find(self, name: str, parameter: nn.Parameter) -> Stretch:
         """This rank's stretch of `parameter`."""
+        if not parameter.requires_grad:
+            self._still.append(parameter.detach())
+            whole = parameter.detach().flatten()
+            return Stretch(name, parameter.shape, 0, whole if self._ranks.rank == 0 else whole[:0], None)
         link = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's; None where all of it is elsewhere
         if link is None:
             return Stretch(name, parameter.shape, 0, torch.empty(0, device=parameter.device), None)
@@ -64,6 +72,9 @@ class Partitions:
     def spread(self) -> None:
         """Give every compute copy what the masters hold. Collective."""
         self._optimizer.update_lp_params()
+        for still in self._still:
+            if self._ranks.group is not None:
+                dist.broadcast(still, group=self._ranks.group, group_src=0)
 
 
 class Shares:
@@ -75,11 +86,11 @@ class Shares:
         self._gatherer = optimizer.parameter_offload if trains else optimizer
 
     def find(self, name: str, parameter: Any) -> Stretch:
-        """This rank's stretch of `parameter`; without an optimizer the compute copy is the master."""
+        """This rank's stretch of `parameter`; where it does not learn the compute copy is the master."""
         share = parameter.partition_numel()
         start = min(self._rank * share, parameter.ds_numel)
         count = min(share, parameter.ds_numel - start)
-        if not self._trains:
+        if not (self._trains and parameter.requires_grad):
             return Stretch(name, parameter.ds_shape, start, parameter.ds_tensor.detach()[:count], None)
         group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         flat = self._optimizer.fp32_partitioned_groups_flat[group]

@@ -8,10 +8,14 @@ A multiply-add counts as 2, backward as twice forward; norms, softmax and recomp
 work. Left out: what the kernels really execute (torch's FlopCounterMode tells).
 """
 
+import functools
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from framework.core.records import Rows
 from framework.models.config import ModelConfig
+from framework.models.init import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,57 @@ def multiplied_weights(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * (attention + feed_forward), hidden * config.vocab_size
 
 
-def training_work(config: ModelConfig, rows: Rows, scores_labels: bool = True) -> Work:
-    """Of forward and backward over `rows`. `scores_labels` False: the output head does not run (critic, classifier)."""
+def training_work(
+    config: ModelConfig, rows: Rows, scores_labels: bool = True, frozen: frozenset[str] = frozenset()
+) -> Work:
+    """Of forward and backward over `rows`. `scores_labels` False: the output head does not run (critic, classifier).
+
+    `frozen`: names of parameters that do not learn; a pass backward then ends in front of the first layer that does.
+    """
     inputs = rows.inputs()
     real = inputs.document_ids > 0
     tokens, labels = int(real.sum()), int(inputs.loss_mask.sum())
-    seen, narrow = inputs.positions + 1, sum(config.windowed(layer) for layer in range(config.num_layers))
-    keys = (config.num_layers - narrow) * int((seen * real).sum())
-    keys += narrow * int((seen.clamp(max=config.window) * real).sum()) if narrow else 0
-    layers, head = multiplied_weights(config)
-    head *= scores_labels
-    attention = 12 * config.num_heads * config.head_size * keys
-    return Work(tokens, 6.0 * (layers + head) * tokens, 6.0 * (layers * tokens + head * labels) + attention)
+    near, far = (int((seen * real).sum()) for seen in (_seen(inputs.positions, w) for w in (config.window, 0)))
+    layers = head = attention = 0
+    for layer in range(config.num_layers):
+        weights, passes = _multiplied(config, layer, frozen)
+        layers += weights
+        attention += passes * (near if config.windowed(layer) else far)
+    if scores_labels:
+        head_name = "embedding.weight" if config.tied else "head.weight"
+        head = multiplied_weights(config)[1] * (2 + (head_name not in frozen))
+    per_key = 4 * config.num_heads * config.head_size
+    exact = 2.0 * (layers * tokens + head * labels) + per_key * attention
+    return Work(tokens, 2.0 * (layers + head) * tokens, exact)
+
+
+def _seen(positions: Tensor, window: int) -> Tensor:
+    """How many keys each query meets; window 0: all before it."""
+    seen = positions + 1
+    return seen.clamp(max=window) if window else seen
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiplied(config: ModelConfig, layer: int, frozen: frozenset[str]) -> tuple[int, int]:
+    """(weights x passes, passes of attention's scores) of a layer: once forward, once for the gradient of what it took
+    in, once for its own. Nothing goes back into a layer if nothing up to there learns."""
+    hidden, size = config.hidden_size, config.head_size
+    matrices = {"attention.q": config.num_heads * size, "attention.o": config.num_heads * size}
+    matrices |= dict.fromkeys(("attention.k", "attention.v"), config.kv_heads * size)
+    ups = ("mlp.gate", "mlp.up") if config.activation.is_gated else ("mlp.up",)
+    matrices |= dict.fromkeys((*ups, "mlp.down"), config.feed_forward_size)
+    own = sum(rows for name, rows in matrices.items() if f"layers.{layer}.{name}.weight" not in frozen)
+    reached = layer >= _first_learning(config, frozen)
+    passes = 1 + reached
+    return hidden * (passes * sum(matrices.values()) + own), 3 if reached else 1
+
+
+@functools.lru_cache(maxsize=64)
+def _first_learning(config: ModelConfig, frozen: frozenset[str]) -> int:
+    """The first layer that learns, 0 where something in front of the layers does, their number where none does."""
+    names = [name.split(".") for name in parameter_shapes(config) if name not in frozen]
+    behind = {"norm": config.num_layers, "head": config.num_layers}
+    return min(int(rest[0]) if module == "layers" else behind.get(module, 0) for module, *rest in names)
 
 
 def utilisation(flops: float, seconds: float, peak_flops: float) -> float:

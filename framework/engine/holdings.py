@@ -39,13 +39,14 @@ class Stage:
 
 
 class Holdings:
-    """`parameters` are this rank's, by logical name, and for the part of those `owned` it speaks; `shapes` are those of
-    all whole parameters, in the model's order."""
+    """`parameters` are this rank's, by logical name, and for the part of those `owned` it speaks; those in `learning`
+    get gradients; `shapes` are those of all whole parameters, in the model's order."""
 
     def __init__(self, stages: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]], mesh: Mesh):
         held = [entry for stage in stages for entry in stage.named()]
         self.shapes = dict(shapes)
         self.parameters = {name: parameter for name, parameter, _ in held}
+        self.learning = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
         self._parts = {name: part for name, _, part in held}
         self._boxes = {name: part.box_of(parameter) for name, parameter, part in held}
         self.owned = [name for name, parameter, part in held if part.is_owner(parameter)]
@@ -62,11 +63,12 @@ class Holdings:
         return self._boxes[name]
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's part of each gradient; zero where no loss has reached. Collective: some parameters meet a share
-        of the places alone, or stand at both ends of a pipeline, and their gradients are added up here."""
-        found = {name: _gradient(parameter) for name, parameter in self.parameters.items()}
+        """This rank's part of the gradient of each parameter that learns; zero where no loss has reached. Collective:
+        some parameters meet a share of the places alone, or stand at both ends of a pipeline, and their gradients are
+        added up here."""
+        found = {name: _gradient(x) for name, x in self.parameters.items() if name in self.learning}
         for axis, ranks in self._sums.items():
-            names = [name for name, part in self._parts.items() if part.summed_over == axis]
+            names = [name for name, part in self._parts.items() if part.summed_over == axis and name in found]
             if names and ranks.group is not None:
                 total = ranks.sum(torch.cat([found[name].flatten() for name in names]), "shared gradients")
                 parts = total.split([found[name].numel() for name in names])

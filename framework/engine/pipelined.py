@@ -40,6 +40,7 @@ class Pipelined:
     ):
         self._stages, self._total, self._line, self._ranks = stages, total, line, ranks
         self._places, self._schedule, self._inside = places, schedule, inside
+        self._first = self._first_learning()
         self.multiple = line.size if schedule is Schedule.INTERLEAVED else 1
 
     def losses(self, micros: Sequence[MicroBatch], loss_of: LossOf, backward: bool) -> tuple[Tensor, Metrics]:
@@ -97,7 +98,8 @@ class Pipelined:
         stage, scorer = self._stages[work.chunk]
         hidden = None
         if stage:
-            hidden = self._line.receive(self._shape(scorer, micro), stage - 1, forward=True).requires_grad_(backward)
+            hidden = self._line.receive(self._shape(scorer, micro), stage - 1, forward=True)
+            hidden.requires_grad_(backward and stage > self._first)
         if stage == self._total - 1:
             assert hidden is not None
             return hidden, end(scorer, work.micro, hidden)
@@ -106,13 +108,21 @@ class Pipelined:
         return hidden, given
 
     def _backward(self, stage: int, taken: Tensor | None, given: Tensor) -> None:
+        if stage < self._first:
+            return
         gradient = None
         if stage < self._total - 1:
             gradient = self._line.receive(given.shape, stage + 1, forward=False)
         given.backward(gradient)
-        if taken is not None:
+        if taken is not None and taken.requires_grad:
             assert taken.grad is not None
             self._line.send(taken.grad, stage - 1, forward=False)
+
+    def _first_learning(self) -> int:
+        """The first stage of all that holds anything that learns: no gradient goes further back. Collective."""
+        mine = [number for number, scorer in self._stages if any(p.requires_grad for p in scorer.parameters())]
+        first = torch.tensor([-min(mine, default=self._total)], device=self._line.device)
+        return -int(self._ranks.largest(first, "the stages that stand still"))
 
     def _shape(self, scorer: Scorer, micro: MicroBatch) -> tuple[int, int, int]:
         """Of the states between two stages."""

@@ -52,11 +52,12 @@ def build_torch_engine(
     value_head: bool = False,
     num_classes: int = 0,
     temperature: float = 1.0,
+    frozen: frozenset[str] = frozenset(),
 ) -> "TorchEngine":
     """Build, lay out, and fill from `weights` part by part: no rank ever holds the whole model. Collective.
 
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
-    the logits of every log-prob.
+    the logits of every log-prob. `frozen`: logical names of parameters that do not learn.
     """
     check(model, parallel, config, runtime.world_size)
     mesh = build_mesh(parallel, runtime)
@@ -64,14 +65,17 @@ def build_torch_engine(
     def build() -> Scorer:
         with torch.device("meta"):
             scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
-        return scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
+        scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
+        for name in frozen:
+            scorer.model.get_parameter(name).requires_grad_(False)
+        return scorer
 
     shapes = {logical_name(name): tuple(p.shape) for name, p in build().named_parameters()}
     stages = []
     for number, layers in stages_of(model, parallel, mesh):
         stages.append(lay_out(build(), number, layers, parallel, mesh, config))
         stages[-1].scorer.to_empty(device=runtime.device)
-    engine = TorchEngine(stages, shapes, mesh, parallel, config, micro_size, optim, total_steps, runtime.device)
+    engine = TorchEngine(stages, shapes, mesh, parallel, config, micro_size, optim, total_steps, runtime.device, frozen)
     engine.load_weights(weights)
     return engine
 
@@ -90,6 +94,7 @@ class TorchEngine:
         optim: OptimConfig | None,
         total_steps: int,
         device: torch.device,
+        frozen: frozenset[str],
     ):
         self.config, self.micro_size, self.device, self.mesh = config, micro_size, device, mesh
         self.scorers = [stage.scorer for stage in stages]
@@ -97,13 +102,13 @@ class TorchEngine:
         self.data_rank, self.data_size = ranks.rank, ranks.size
         self.step_count, self.total_steps = 0, total_steps
         self._skipped_in_a_row = 0
-        self._work = Work()
+        self._work, self._frozen = Work(), frozen
         self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device)
         self.holdings = Holdings(stages, shapes, mesh)
         self.optimizer = None
         if optim is not None:
-            whole = {name: torch.Size(shapes[name]) for name in self.holdings.parameters}
-            self.optimizer = AdamW(self.holdings.locals(), whole, optim)
+            learning = {name: x for name, x in self.holdings.locals().items() if name in self.holdings.learning}
+            self.optimizer = AdamW(learning, {name: torch.Size(shapes[name]) for name in learning}, optim)
 
     def _carrier(self, stages: Sequence[Stage], parallel: ParallelConfig) -> Carrier:
         size = self.mesh.size("pipeline")
@@ -124,7 +129,7 @@ class TorchEngine:
     def forward_backward(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""
         scorer = self.scorers[0]
-        self._work += training_work(scorer.model.config, without_empty(rows), scorer.scores_labels)
+        self._work += training_work(scorer.model.config, without_empty(rows), scorer.scores_labels, self._frozen)
         self._train(True)
         return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}")
 
@@ -183,7 +188,7 @@ class TorchEngine:
     def _summed(self, gradients: dict[str, Tensor]) -> tuple[float, float, Work]:
         """(gradient norm, loss, work) over all ranks in one collective. Squares add up in fp64, so that the norm does
         not depend on how the parameters are cut."""
-        mine = [gradients[name] for name in self.holdings.owned]
+        mine = [gradients[name] for name in self.holdings.owned if name in gradients]
         loss = self._passes.loss
         norms = torch._foreach_norm(mine, 2, dtype=torch.float64) if mine else [torch.zeros_like(loss)]
         work = torch.tensor(astuple(self._work), dtype=torch.float64, device=self.device)
@@ -212,7 +217,8 @@ class TorchEngine:
         return self.holdings.weights()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, full tensor) of every gradient since the last step, one at a time. Collective."""
+        """(logical name, full tensor) of every gradient since the last step, one at a time, zero of what stands
+        still. Collective."""
         mine = self.holdings.gradients()
         for name in self.holdings.shapes:
             yield name, self.holdings.whole(name, mine.get(name))

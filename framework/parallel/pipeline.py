@@ -91,7 +91,7 @@ class Line:
 
     def __init__(self, mesh: Mesh, device: torch.device, dtype: torch.dtype):
         self.rank, self.size = mesh.place("pipeline"), mesh.size("pipeline")
-        self._device, self._dtype = device, dtype
+        self.device, self._dtype = device, dtype
         self._ways: dict[tuple[int, int, bool], dist.ProcessGroup] = {}
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
         for ranks in mesh.lines("pipeline"):
@@ -115,7 +115,7 @@ class Line:
 
     def receive(self, shape: Sequence[int], from_stage: int, forward: bool) -> Tensor:
         """The next tensor of that stage."""
-        x, source = torch.empty(*shape, device=self._device, dtype=self._dtype), from_stage % self.size
+        x, source = torch.empty(*shape, device=self.device, dtype=self._dtype), from_stage % self.size
         group = self._ways[(source, self.rank, forward)]
         work = dist.irecv(x, group=group, group_src=int(source > self.rank))
         assert work is not None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from framework.engine.loop import train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
 from framework.models.config import ModelConfig
+from framework.models.frozen import frozen_names
 from framework.models.hub import read_folder, save_weights
-from framework.models.init import random_weights
+from framework.models.init import parameter_shapes, random_weights
 from framework.stages.config import TrainingRun
 from framework.stages.job import Job, Teller, located
 from framework.tokenization.load import load as load_tokenizer
@@ -39,6 +41,7 @@ class Start:
     model: ModelConfig
     weights: ReadBox
     tokenizer: Tokenizer
+    frozen: frozenset[str] = frozenset()  # parameters that do not learn
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Rows:
 
 def open_start(config: TrainingRun, world_size: int) -> Start:
     """From a model folder, or from nothing with a tokenizer's vocabulary. Heads that a folder lacks are drawn. A model
-    that does not fit the layout on `world_size` ranks is refused."""
+    that does not fit the layout on `world_size` ranks is refused, and so is freezing what is not there."""
     tokenizer = load_tokenizer(config.init_from or config.tokenizer)
     if not config.init_from:
         model = replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
@@ -66,7 +69,8 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
             f"embedding only {model.vocab_size}; take the tokenizer that belongs to the model"
         )
     check(start.model, config.parallel, config.engine, world_size)
-    return start
+    names, still = parameter_shapes(model), config.train
+    return replace(start, frozen=frozen_names(names, still.freeze, still.last_layers, model.num_layers))
 
 
 def refuse_other(given: ModelConfig, there: ModelConfig, folder: str) -> None:
@@ -123,6 +127,7 @@ def fit(
 ) -> Figures:
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
     goes into the model's config.json."""
+    _say_what_learns(start, job.say)
     total = config.train.total_steps(len(rows.train), config.batch.size)
     data_size = config.parallel.data_size(job.runtime.world_size)
     with deadline("building the model", patient=True):
@@ -136,6 +141,7 @@ def fit(
             total_steps=total,
             weights=start.weights,
             num_classes=num_classes,
+            frozen=start.frozen,
         )
 
     def loader(source: RowSource) -> Loader:
@@ -173,6 +179,13 @@ def fit(
     extra |= describe(outcome.figures)
     export(engine, start, config.folder / "model", job.runtime.is_main, num_classes, extra)
     return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
+
+
+def _say_what_learns(start: Start, say: Callable[[str], None]) -> None:
+    shapes = parameter_shapes(start.model)
+    still, everything = (sum(prod(shapes[name]) for name in names) for names in (start.frozen, shapes))
+    if still:
+        say(f"{everything - still:,} of {everything:,} parameters learn ({1 - still / everything:.1%})")
 
 
 def export(
