@@ -8,7 +8,7 @@ from framework.engine.config import EngineConfig
 from framework.engine.deepspeed_engine import build_deepspeed_engine
 from framework.engine.protocol import Engine
 from framework.engine.torch_engine import build_torch_engine
-from framework.models.config import ModelConfig
+from framework.models.config import LoraConfig, ModelConfig
 from framework.optim.config import OptimConfig
 from framework.parallel.config import ParallelConfig
 
@@ -27,11 +27,13 @@ def build_engine(
     num_classes: int = 0,
     temperature: float = 1.0,
     frozen: frozenset[str] = frozenset(),
+    lora: LoraConfig | None = None,
 ) -> Engine:
     """An engine with its weights, laid out over the ranks of the world. Collective.
 
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
-    the logits of every log-prob. `frozen`: logical names of parameters that do not learn.
+    the logits of every log-prob. `frozen`: logical names of parameters that do not learn; `lora`: the
+    adapter that does, whose parameters `weights` gives too.
     """
     if parallel.zero in (1, 2) and optim is None:  # no states and no gradients that could be shared out
         parallel = ParallelConfig("ddp")
@@ -49,4 +51,5 @@ def build_engine(
         num_classes=num_classes,
         temperature=temperature,
         frozen=frozen,
+        lora=lora,
     )

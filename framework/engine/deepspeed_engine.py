@@ -33,7 +33,8 @@ from framework.engine.micro_batches import without_empty
 from framework.engine.passes import Passes, Straight
 from framework.engine.precision import COMPUTE
 from framework.engine.protocol import LossFn, Piece, StepReport
-from framework.models.config import ModelConfig
+from framework.models.config import LoraConfig, ModelConfig
+from framework.models.lora import attach
 from framework.models.scorer import Scorer, logical_name
 from framework.models.transformer import Transformer
 from framework.optim.adamw import KINDS
@@ -63,6 +64,7 @@ def build_deepspeed_engine(
     num_classes: int = 0,
     temperature: float = 1.0,
     frozen: frozenset[str] = frozenset(),
+    lora: LoraConfig | None = None,
 ) -> "DeepSpeedEngine":
     """As `build_engine`, `parallel.zero` set. Under ZeRO-3 no rank holds more than one module whole. Collective.
 
@@ -72,6 +74,8 @@ def build_deepspeed_engine(
     mesh = build_mesh(parallel, runtime)
     with torch.device("meta"):
         scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
+    if lora is not None:
+        attach(scorer.model, lora)
     scorer.to(COMPUTE[config.precision]).requires_grad_(optim is not None)
     for name in frozen:
         scorer.model.get_parameter(name).requires_grad_(False)

@@ -44,6 +44,7 @@ def training_work(
     """Of forward and backward over `rows`. `scores_labels` False: the output head does not run (critic, classifier).
 
     `frozen`: names of parameters that do not learn; a pass backward then ends in front of the first layer that does.
+    An adapter's own products are not counted.
     """
     inputs = rows.inputs()
     real = inputs.document_ids > 0
@@ -88,7 +89,8 @@ def _first_learning(config: ModelConfig, frozen: frozenset[str]) -> int:
     """The first layer that learns, 0 where something in front of the layers does, their number where none does."""
     names = [name.split(".") for name in parameter_shapes(config) if name not in frozen]
     behind = {"norm": config.num_layers, "head": config.num_layers}
-    return min(int(rest[0]) if module == "layers" else behind.get(module, 0) for module, *rest in names)
+    first = (int(rest[0]) if module == "layers" else behind.get(module, 0) for module, *rest in names)
+    return min(first, default=0)  # nothing of its own: an adapter
 
 
 def utilisation(flops: float, seconds: float, peak_flops: float) -> float:

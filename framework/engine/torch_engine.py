@@ -24,7 +24,8 @@ from framework.engine.pipelined import Pipelined
 from framework.engine.plan import check, lay_out, stages_of
 from framework.engine.precision import COMPUTE, MASTER, computing_in
 from framework.engine.protocol import LossFn, Piece, StepReport
-from framework.models.config import ModelConfig
+from framework.models.config import LoraConfig, ModelConfig
+from framework.models.lora import attach
 from framework.models.scorer import Scorer, logical_name
 from framework.models.transformer import Transformer
 from framework.optim.adamw import AdamW
@@ -53,11 +54,13 @@ def build_torch_engine(
     num_classes: int = 0,
     temperature: float = 1.0,
     frozen: frozenset[str] = frozenset(),
+    lora: LoraConfig | None = None,
 ) -> "TorchEngine":
     """Build, lay out, and fill from `weights` part by part: no rank ever holds the whole model. Collective.
 
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
-    the logits of every log-prob. `frozen`: logical names of parameters that do not learn.
+    the logits of every log-prob. `frozen`: logical names of parameters that do not learn; `lora`: the
+    adapter that does.
     """
     check(model, parallel, config, runtime.world_size)
     mesh = build_mesh(parallel, runtime)
@@ -65,6 +68,8 @@ def build_torch_engine(
     def build() -> Scorer:
         with torch.device("meta"):
             scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
+        if lora is not None:
+            attach(scorer.model, lora)
         scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
         for name in frozen:
             scorer.model.get_parameter(name).requires_grad_(False)

@@ -189,5 +189,24 @@ class ModelConfig:
         return replace(self, num_kv_heads=self.kv_heads, head_dim=self.head_size, intermediate_size=inner)
 
 
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter beside a frozen model (Hu et al. 2021)."""
+
+    rank: int = 0  # 0 = no adapter: all of the model learns
+    alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) (Kalajdzievski 2023)
+    targets: list[str] = field(default_factory=list)  # [q, k, v, o, gate, up, down]; empty = all of them
+    also: list[str] = field(default_factory=list)  # parts that learn in full beside it: [embedding, head]
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 = no adapter")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

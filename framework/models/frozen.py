@@ -25,7 +25,7 @@ def frozen_names(names: Iterable[str], patterns: Sequence[str], last_layers: int
         last_layers <= num_layers,
         f"train.last_layers={last_layers}, but the model has {num_layers} layers; choose at most {num_layers}",
     )
-    found = {name for pattern in patterns for name in _matched(pattern, names)}
+    found = {name for pattern in patterns for name in matched(pattern, names, "train.freeze")}
     if last_layers:
         found |= {name for name in names if not _is_late(name, num_layers - last_layers)}
     require(
@@ -35,10 +35,11 @@ def frozen_names(names: Iterable[str], patterns: Sequence[str], last_layers: int
     return frozenset(found)
 
 
-def _matched(pattern: str, names: Sequence[str]) -> list[str]:
+def matched(pattern: str, names: Sequence[str], key: str) -> list[str]:
+    """The names for which `pattern` stands; UsageError, which names the recipe's `key`, where there is none."""
     found = [name for name in names if any(fnmatchcase(above, pattern) for above in _paths(name))]
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    require(bool(found), f"train.freeze: '{pattern}' is no part of this model: {nearest(pattern, modules)}")
+    modules = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+    require(bool(found), f"{key}: '{pattern}' is no part of this model: {nearest(pattern, modules)}")
     return found
 
 

@@ -17,6 +17,7 @@ from framework.core.errors import CheckpointError, UsageError, nearest
 from framework.core.places import local
 from framework.core.records import Box, ReadBox
 from framework.core.registry import lookup, names
+from framework.models.adapters import is_adapter, open_adapter
 from framework.models.config import ModelConfig
 from framework.models.families import gpt, llama  # noqa: F401  (they enter themselves into the registry)
 from framework.models.families.family import Family
@@ -26,7 +27,7 @@ from framework.models.transformer import Transformer
 
 Shapes = dict[str, tuple[int, ...]]
 _FILE = "model.safetensors"
-_HEAD = "lm_head.weight"
+_HEAD, _SCORE = "lm_head.weight", "score.weight"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # an absent one would be the published model's
 _SHARD_BYTES = 4 << 30
 
@@ -55,13 +56,15 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     are a CheckpointError that names them.
     """
     path = locate(folder)
+    if is_adapter(path):
+        return _read_adapted(path)
     config, family = read_architecture(path)
     files = _open_files(path, family)
     shapes = dict(parameter_shapes(config))
-    if "score.weight" in files:
+    if _SCORE in files:
         shapes.pop("head.weight", None)  # a classifier has no language head, tied or not
         shapes["class_head.weight"] = (
-            files["score.weight"][0].get_slice("score.weight").get_shape()[0],
+            files[_SCORE][0].get_slice(_SCORE).get_shape()[0],
             config.hidden_size,
         )
     pieces = family.pieces(shapes, config.num_heads)
@@ -79,8 +82,20 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     return config, read, shapes
 
 
+def _read_adapted(path: Path) -> tuple[ModelConfig, ReadBox, Shapes]:
+    """The base that an adapter of PEFT's names, with the adapter merged in."""
+    adapter = open_adapter(path)
+    config, read, shapes = read_folder(adapter.base)
+    family: Family = lookup("family", config.family)
+    if _SCORE in adapter.whole:
+        shapes |= {"class_head.weight": tuple(adapter.whole[_SCORE].shape)}
+    return config, adapter.over(read, family.pieces(shapes, config.num_heads), path), shapes
+
+
 def read_architecture(path: Path) -> tuple[ModelConfig, Family]:
-    """(architecture, family) by the config.json of a local folder; nothing else is opened."""
+    """(architecture, family) by the config.json of a local folder (of an adapter: its base's)."""
+    if is_adapter(path):
+        path = locate(open_adapter(path).base)
     theirs = _read_config(path)
     family = _family(theirs, path)
     try:
@@ -104,9 +119,7 @@ def save_weights(
     """
     path = Path(folder)
     family: Family = lookup("family", config.family)
-    theirs = family.config_to(config, classes)
-    shapes = {**parameter_shapes(config), "class_head.weight": (classes, config.hidden_size)}
-    pieces = family.pieces(shapes, config.num_heads)
+    theirs, pieces = family.config_to(config, classes), pieces_of(config, classes)
     path.mkdir(parents=True, exist_ok=True)
     for stale in [path / "config.json", *path.glob("model*.safetensors"), *path.glob("model*.index.json")]:
         stale.unlink(missing_ok=True)
@@ -114,6 +127,13 @@ def save_weights(
     dtype = _write_files(path, joined(weights, lambda name: pieces[heads.get(name, name)]))
     theirs |= {"dtype": dtype, **dict.fromkeys(_TOKENS), **(extra or {})}
     (path / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+
+
+def pieces_of(config: ModelConfig, classes: int = 0) -> dict[str, Piece]:
+    """Where each parameter lies in the tensors of the config's family, that of a class head with them."""
+    shapes = {**parameter_shapes(config), "class_head.weight": (classes, config.hidden_size)}
+    family: Family = lookup("family", config.family)
+    return family.pieces(shapes, config.num_heads)
 
 
 def locate(folder: str | Path) -> Path:

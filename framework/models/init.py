@@ -31,7 +31,7 @@ def random_weights(config: ModelConfig, seed: int) -> ReadBox:
             columns = shapes[name][-1]
         else:
             raise UsageError(f"this model has no parameter '{name}': {nearest(name, shapes)}")
-        return _draw(name, box, columns, _deviation(name, config), seed)
+        return draw(name, box, columns, _deviation(name, config), seed)
 
     return read
 
@@ -69,7 +69,8 @@ def _deviation(name: str, config: ModelConfig) -> float | None:
     return config.init_std * (2 * config.num_layers) ** -0.5 if back_into_residual else config.init_std
 
 
-def _draw(name: str, box: Box, columns: int, deviation: float | None, seed: int) -> Tensor:
+def draw(name: str, box: Box, columns: int, deviation: float | None, seed: int) -> Tensor:
+    """The box of a parameter of `columns` columns: Normal(0, deviation), or its constant where that is None."""
     shape = [length for _, length in box]
     if deviation is None:
         is_norm_weight = name.endswith("norm.weight")

@@ -34,22 +34,25 @@ def span(size: int, ranks: Ranks) -> tuple[int, int]:
 
 
 def columns(module: nn.Module, ranks: Ranks) -> Parts:
-    """A linear map whose outputs are shared out: all of [B,T,D] in, this rank's columns out."""
-    return _cut(module, ranks, {"weight": 0, "bias": 0})
+    """A linear map whose outputs are shared out: all of [B,T,D] in, this rank's columns out. Of an adapter, each rank
+    has the way down whole and its columns of the way up."""
+    parts = _cut(module, ranks, {"weight": 0, "bias": 0, "lora_b": 0})
+    return parts if not _has(module, "lora_a") else parts | {"lora_a": _partial(module, "lora_a", ranks)}
 
 
 def rows(module: nn.Module, ranks: Ranks) -> Parts:
     """A linear map whose inputs are shared out: this rank's columns in, its places of the sum out. The bias is added
     once, there, and so learns from these places alone."""
     assert isinstance(module, nn.Linear)
-    parts = _cut(module, ranks, {"weight": 1})
+    parts = _cut(module, ranks, {"weight": 1, "lora_a": 1})
+    product = getattr(module, "product", None) or (lambda x: F.linear(x, module.weight))
 
     def forward(x: Tensor) -> Tensor:
-        y = scatter_places(F.linear(x, module.weight), ranks)
+        y = scatter_places(product(x), ranks)
         return y if module.bias is None else y + module.bias
 
     _exchange_forward(module, forward)
-    return parts if module.bias is None else parts | {"bias": _partial(module, "bias", ranks)}
+    return parts | {name: _partial(module, name, ranks) for name in ("bias", "lora_b") if _has(module, name)}
 
 
 def vocabulary(module: nn.Module, ranks: Ranks) -> Parts:
@@ -154,6 +157,10 @@ def _cut(module: nn.Module, ranks: Ranks, dims: Mapping[str, int]) -> Parts:
         module._parameters[name] = nn.Parameter(part, parameter.requires_grad)
         parts[name] = Part(tuple(parameter.shape), tuple(box))
     return parts
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return module._parameters.get(name) is not None
 
 
 def _partial(module: nn.Module, name: str, ranks: Ranks) -> Part:

@@ -7,7 +7,7 @@ Left out: the allocator's slack, what collectives hold inside, the rows themselv
 DeepSpeed, the buckets of stage 1; with offload, what waits in host memory is counted all the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from framework.models.config import ModelConfig
@@ -63,6 +63,12 @@ class RankMemory:
     @property
     def total(self) -> int:
         return self.states + max(self.gathered + self.activations, self.update)
+
+    def learning(self, share: float) -> "RankMemory":
+        """The same where only that share of the elements learns, spread evenly over the ranks: of the others there is a
+        weight and nothing else."""
+        gradients, optimizer, update = (int(x * share) for x in (self.gradients, self.optimizer, self.update))
+        return replace(self, gradients=gradients, optimizer=optimizer, update=update)
 
 
 def fullest(

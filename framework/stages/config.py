@@ -14,7 +14,7 @@ from framework.data.config import BatchConfig, DataConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
 from framework.evaluation.config import EvaluationConfig
 from framework.generation.config import GenerationConfig, SamplingConfig
-from framework.models.config import ModelConfig
+from framework.models.config import LoraConfig, ModelConfig
 from framework.optim.config import OptimConfig
 from framework.parallel.config import ParallelConfig
 from framework.tokenization.config import TokenizerConfig
@@ -110,6 +110,7 @@ class TrainingRun(RunConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: RanksConfig = field(default_factory=RanksConfig)
@@ -123,6 +124,12 @@ class TrainingRun(RunConfig):
         require(bool(self.data.train), "data.train is empty; name files or folders: data.train=[a.jsonl]")
         self.batch.micro(1)
         _refuse_compiled(self.engine, self.parallel)
+        require(
+            not (self.lora.rank and (self.train.freeze or self.train.last_layers)),
+            "train.freeze and train.last_layers do not go with lora.rank: beside an adapter the model stands still but "
+            "for lora.also",
+        )
+        require(not self.lora.rank or bool(self.init_from), "lora.rank needs a model to adapt: init_from=FOLDER")
 
     @property
     def names(self) -> list[tuple[str, str, str]]:

@@ -83,11 +83,14 @@ def _memory_lines(config: RunConfig) -> list[str]:
     if model is None:
         return ["memory: known once the tokenizer, or the model of init_from, is there"]
     from framework.engine.plan import check  # torch
+    from framework.stages.learning import num_learning
 
     ranks = _ranks(config)
     try:
         check(model, config.parallel, config.engine, ranks)
         memory = fullest(model, _load(config, ranks), config.parallel, ranks, _NUMBERS[config.engine.precision])
+        learning, everything = num_learning(config, model)
+        memory = memory.learning(learning / everything)
     except UsageError as error:  # a layout that needs other ranks, another model or batch
         return [f"memory: {error}"]
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
@@ -95,8 +98,9 @@ def _memory_lines(config: RunConfig) -> list[str]:
     beside = f"gathered or cast {_mib(memory.gathered)} + activations {_mib(memory.activations)}"
     beside += f", or an update's own {_mib(memory.update)}"
     where = f"parallel={config.parallel.name}, {ranks} rank{'s' if ranks > 1 else ''}"
+    learn = "" if learning == everything else f", {learning:,} of them learn"
     return [
-        f"{num_parameters(model):,} parameters; the fullest rank under {where} holds",
+        f"{num_parameters(model):,} parameters{learn}; the fullest rank under {where} holds",
         f"states: {states} = {_mib(memory.states)}",
         f"in turn: {beside}; {_mib(memory.total)} at the fullest instant",
     ]
@@ -112,7 +116,8 @@ _NUMBERS = {Precision.FP32: Numbers(4, 4), Precision.BF16: Numbers(4, 2), Precis
 def _model(config: TrainingRun) -> ModelConfig | None:
     """The architecture that the run will have; None where it is not yet known."""
     if config.init_from:
-        if not (local(config.init_from) / "config.json").is_file():
+        place = local(config.init_from)
+        if not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
             return None
         from framework.models.hub import read_architecture  # torch
 

@@ -61,7 +61,7 @@ def _model(folder: str) -> str:
     """A model folder, or a run folder that has one."""
     place = brought(folder)
     found = place / "model" if (place / "model/config.json").exists() else place
-    if not (found / "config.json").exists():
+    if not any((found / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"{folder} holds no model (no config.json); name a run folder or its model/ folder")
     return str(found)
 

@@ -1,8 +1,7 @@
 """What pretrain, sft and reward_model share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from framework.checkpoint.manager import CheckpointManager
 from framework.core.deadline import deadline
 from framework.core.errors import UsageError
+from framework.core.places import local
 from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
@@ -19,12 +19,14 @@ from framework.engine.build import build_engine
 from framework.engine.loop import train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
-from framework.models.config import ModelConfig
-from framework.models.frozen import frozen_names
-from framework.models.hub import read_folder, save_weights
+from framework.models.adapters import save_adapter
+from framework.models.config import LoraConfig, ModelConfig
+from framework.models.hub import pieces_of, read_folder, save_weights
 from framework.models.init import parameter_shapes, random_weights
+from framework.models.lora import merged, targets, with_fresh
 from framework.stages.config import TrainingRun
 from framework.stages.job import Job, Teller, located
+from framework.stages.learning import frozen_of, num_learning
 from framework.tokenization.load import load as load_tokenizer
 from framework.tracking.progress import Progress
 
@@ -42,6 +44,7 @@ class Start:
     weights: ReadBox
     tokenizer: Tokenizer
     frozen: frozenset[str] = frozenset()  # parameters that do not learn
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
             f"embedding only {model.vocab_size}; take the tokenizer that belongs to the model"
         )
     check(start.model, config.parallel, config.engine, world_size)
-    names, still = parameter_shapes(model), config.train
-    return replace(start, frozen=frozen_names(names, still.freeze, still.last_layers, model.num_layers))
+    if config.lora.rank:
+        start = replace(start, weights=with_fresh(start.weights, model, config.lora, config.seed), lora=config.lora)
+    return replace(start, frozen=frozen_of(config, model))
 
 
 def refuse_other(given: ModelConfig, there: ModelConfig, folder: str) -> None:
@@ -127,7 +131,9 @@ def fit(
 ) -> Figures:
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
     goes into the model's config.json."""
-    _say_what_learns(start, job.say)
+    learning, everything = num_learning(config, start.model)
+    if learning < everything:
+        job.say(f"{learning:,} of {everything:,} parameters learn ({learning / everything:.1%})")
     total = config.train.total_steps(len(rows.train), config.batch.size)
     data_size = config.parallel.data_size(job.runtime.world_size)
     with deadline("building the model", patient=True):
@@ -142,6 +148,7 @@ def fit(
             weights=start.weights,
             num_classes=num_classes,
             frozen=start.frozen,
+            lora=start.lora,
         )
 
     def loader(source: RowSource) -> Loader:
@@ -177,25 +184,55 @@ def fit(
         )
     extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
     extra |= describe(outcome.figures)
-    export(engine, start, config.folder / "model", job.runtime.is_main, num_classes, extra)
+    export(engine, start, config, job, num_classes, extra)
     return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
 
 
-def _say_what_learns(start: Start, say: Callable[[str], None]) -> None:
-    shapes = parameter_shapes(start.model)
-    still, everything = (sum(prod(shapes[name]) for name in names) for names in (start.frozen, shapes))
-    if still:
-        say(f"{everything - still:,} of {everything:,} parameters learn ({1 - still / everything:.1%})")
-
-
 def export(
-    engine: Engine, start: Start, folder: Path, is_main: bool, num_classes: int, extra: Mapping[str, Any]
+    engine: Engine, start: Start, config: TrainingRun, job: Job, num_classes: int, extra: Mapping[str, Any]
 ) -> None:
-    """Write the Hugging Face folder. Gathering is collective; only the main rank writes."""
+    """Write model/, with an adapter merged in, and adapter/ as PEFT has it. Gathering is collective; only the main rank
+    writes."""
     weights = engine.weights()
-    if not is_main:
+    if not job.runtime.is_main:
         for _ in weights:
             pass
         return
+    folder, low_rank, whole = config.folder / "model", dict[str, Tensor](), dict[str, Tensor]()
+    if start.lora is not None:
+        learned = parameter_shapes(start.model).keys() - start.frozen | {"class_head.weight"}
+        weights = _noting(weights, learned, whole)
+        weights = merged(weights, targets(start.model, start.lora), start.lora.scale, low_rank)
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
+    start.tokenizer.save(str(folder))
+    if start.lora is not None:
+        _export_adapter(start, start.lora, config, job, low_rank, whole, num_classes)
+
+
+def _noting(
+    weights: Iterator[tuple[str, Tensor]], names: Collection[str], into: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        if name in names:
+            into[name] = tensor
+        yield name, tensor
+
+
+def _export_adapter(
+    start: Start,
+    lora: LoraConfig,
+    config: TrainingRun,
+    job: Job,
+    low_rank: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
+    num_classes: int,
+) -> None:
+    folder, task = config.folder / "adapter", "SEQ_CLS" if num_classes else "CAUSAL_LM"
+    place = local(config.init_from)
+    base = str(place.absolute()) if place.is_dir() else config.init_from
+    try:
+        save_adapter(folder, base, lora, low_rank, whole, pieces_of(start.model, num_classes), task)
+    except UsageError as error:
+        job.say(f"adapter/ is not written: {error}; model/ holds the merged model")
+        return
     start.tokenizer.save(str(folder))

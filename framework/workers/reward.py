@@ -9,6 +9,7 @@ from framework.cluster.marks import split_rows
 from framework.core.errors import UsageError
 from framework.core.records import Rollout
 from framework.core.runtime import Runtime
+from framework.models.adapters import is_adapter
 from framework.models.hub import locate
 from framework.workers.config import EngineSpec
 from framework.workers.trainer import Trainer
@@ -35,6 +36,11 @@ class Reward(Trainer):
 def normalisation(folder: Path) -> tuple[float, float]:
     """(mean, deviation) of the raw scores on reference responses, from the folder's config.json: keys score_mean and
     score_std (Stiennon et al. 2020 normalise so after training); 0 and 1 where it has none."""
+    if is_adapter(folder):
+        raise UsageError(
+            f"reward_from={folder} is an adapter, which does not say how its scores are normalised; take the model/ "
+            "beside it, which has it merged in"
+        )
     stored = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     mean, deviation = float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0))
     if deviation <= 0:

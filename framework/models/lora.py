@@ -1,0 +1,127 @@
+"""Low-rank adapters (Hu et al. 2021): beside a frozen matrix W [O,I] a product B A of rank r learns.
+
+The layer gives x W^T + scale (x A^T) B^T with scale = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023). A is drawn
+and B is zero, so that a model with a fresh adapter is the model. Left out: dropout, DoRA, embeddings (they may learn in
+full, `also`), and how others write an adapter down (`adapters`).
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from framework.core.records import Box, ReadBox
+from framework.models.config import LoraConfig, ModelConfig
+from framework.models.frozen import matched
+from framework.models.init import draw, parameter_shapes
+from framework.models.layers import Linear, strict_linear
+from framework.models.transformer import Transformer
+
+Shapes = dict[str, tuple[int, ...]]
+_A, _B = "lora_a", "lora_b"
+
+
+class LoraLinear(Linear):
+    """A Linear with an adapter. Its parameters: weight, bias, lora_a[r,I], lora_b[O,r]."""
+
+    def __init__(self, base: Linear, rank: int, scale: float):
+        outputs, inputs = base.weight.shape
+        with torch.device("meta"):
+            super().__init__(inputs, outputs, base.bias is not None, base.strict)
+            self.lora_a = nn.Parameter(torch.empty(rank, inputs))
+            self.lora_b = nn.Parameter(torch.empty(outputs, rank))
+        self.scale = scale
+
+    def product(self, x: Tensor) -> Tensor:
+        """x[..., I] -> [..., O], without bias."""
+        apply = strict_linear if self.strict else F.linear
+        return apply(x, self.weight, None) + self.scale * apply(apply(x, self.lora_a, None), self.lora_b, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., I] -> [..., O]."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+
+def attach(model: Transformer, lora: LoraConfig) -> None:
+    """Give the matrices that `lora` names their adapters, in place. The model stands on the meta device."""
+    for path in targets(model.config, lora):
+        owner, _, leaf = path.rpartition(".")
+        holder = model.get_submodule(owner)
+        setattr(holder, leaf, LoraLinear(getattr(holder, leaf), lora.rank, lora.scale))
+
+
+def targets(config: ModelConfig, lora: LoraConfig) -> list[str]:
+    """Paths of the matrices with an adapter. UsageError where a target is none of the model's."""
+    matrices = [
+        name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if _is_inner(name, shape)
+    ]
+    leaves = [path.rpartition(".")[2] for path in matrices]
+    wanted = set(lora.targets) or set(leaves)
+    for leaf in lora.targets:
+        matched(leaf, leaves, "lora.targets")
+    return [path for path, leaf in zip(matrices, leaves, strict=True) if leaf in wanted]
+
+
+def _is_inner(name: str, shape: tuple[int, ...]) -> bool:
+    return name.startswith("layers.") and len(shape) == 2
+
+
+def lora_shapes(config: ModelConfig, lora: LoraConfig) -> Shapes:
+    """Name -> shape of every parameter of the adapter."""
+    whole = parameter_shapes(config)
+    shapes: Shapes = {}
+    for path in targets(config, lora):
+        outputs, inputs = whole[f"{path}.weight"]
+        shapes |= {f"{path}.{_A}": (lora.rank, inputs), f"{path}.{_B}": (outputs, lora.rank)}
+    return shapes
+
+
+def still(config: ModelConfig, lora: LoraConfig) -> frozenset[str]:
+    """The parameters of the model that do not learn beside an adapter: all but those in `also`."""
+    names = list(parameter_shapes(config))
+    learning = {name for pattern in lora.also for name in matched(pattern, names, "lora.also")}
+    return frozenset(names) - learning
+
+
+def with_fresh(read: ReadBox, config: ModelConfig, lora: LoraConfig, seed: int) -> ReadBox:
+    """`read`, and a fresh adapter: A of Normal(0, 1 / (3 I)), the variance of PEFT's, by law Init; B zero."""
+    shapes = lora_shapes(config, lora)
+
+    def drawn(name: str, box: Box) -> Tensor:
+        if name not in shapes:
+            return read(name, box)
+        if name.endswith(_B):
+            return torch.zeros([length for _, length in box])
+        return draw(name, box, shapes[name][1], (3 * shapes[name][1]) ** -0.5, seed)
+
+    return drawn
+
+
+def merged(
+    weights: Iterable[tuple[str, Tensor]], paths: Collection[str], scale: float, kept: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a model with adapters at `paths` -> those of the model that computes the same without. What the
+    adapters hold is put into `kept`, by name."""
+    waiting: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        path, _, leaf = name.rpartition(".")
+        if leaf == _A:
+            kept[name] = tensor
+        elif leaf == _B:
+            kept[name] = tensor
+            yield f"{path}.weight", plus(waiting.pop(path), kept[f"{path}.{_A}"], tensor, scale)
+        elif leaf == "weight" and path in paths:
+            waiting[path] = tensor
+        else:
+            yield name, tensor
+
+
+def plus(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """weight[O,I] + scale b[O,r] a[r,I], rounded once to weight's dtype. A box of it has the bits of the whole:
+    products of fp32 numbers are exact in fp64, and are added up in one order."""
+    total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+    for column, row in zip(b.double().unbind(1), a.double().unbind(0), strict=True):
+        total.addcmul_(column.unsqueeze(1), row.unsqueeze(0))
+    return (weight.double() + total.mul_(scale)).to(weight.dtype)
