@@ -85,7 +85,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
-    """Train a tokenizer on text."""
+    """Train a tokenizer on text: tokenizer [train] ...; or tokenizer compare FOLDER... --file FILE."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

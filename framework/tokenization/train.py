@@ -42,6 +42,8 @@ _PIECES = (
 )
 # How text is cut before pieces are weighed: as above, and with nothing but a space in front of a word.
 _WORDS = r"␛[01]| ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}␛]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The space that WordPiece's decoder puts before a Chinese character, its punctuation, or a full-width form.
+_NO_SPACE_BEFORE = "^ (?=[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af])"
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
 _BYTE_SCORE = -1000.0
 SPACE = "▁"  # SentencePiece's: how unigram pieces spell a space
@@ -129,7 +131,8 @@ def _wordpiece(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Toke
         clean_text=False, handle_chinese_chars=True, strip_accents=config.lowercase, lowercase=config.lowercase
     )
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trained.decoder = decoders.WordPiece(prefix=CONTINUED, cleanup=False)
+    joined = decoders.Replace(Regex(_NO_SPACE_BEFORE), "")  # Chinese is written without spaces
+    trained.decoder = decoders.Sequence([decoders.WordPiece(prefix=CONTINUED, cleanup=False), joined])
     fixed = [*config.special_tokens, UNKNOWN_TOKEN]
     pieces = learn_word_pieces(count_words(trained, texts), config.vocab_size - len(fixed))
     vocab = {piece: index for index, piece in enumerate([*fixed, *(p for p in pieces if p not in fixed)])}
