@@ -44,7 +44,7 @@ TOOLS = {
 }
 _COMPOSING = ("explain", "data", "slurm")  # tools that take the words of a stage
 _SWEEP_WORDS = ("-m", "--multirun")
-_TOKENIZER_VERBS = ("train", "compare")
+_TOKENIZER_VERBS = ("train", "extend", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +110,8 @@ def compose(stage: str, overrides: Sequence[str]) -> tuple[RunConfig, ...]:
 
 
 def _without_verb(stage: str, words: Sequence[str]) -> list[str]:
-    """The stage's own words: `tokenizer train a=b` says `a=b`."""
+    """The stage's own words: `tokenizer train a=b` says `a=b`, and `tokenizer extend FOLDER a=b`
+    `init_from=FOLDER a=b`, in quotes, so that no path is read as Hydra's grammar."""
     verb, rest = (words[0], list(words[1:])) if words else ("", [])
     if stage != "tokenizer" or not verb or "=" in verb or verb.startswith(("-", "~", "+")):
         return list(words)
@@ -118,7 +119,12 @@ def _without_verb(stage: str, words: Sequence[str]) -> list[str]:
         raise UsageError(f"tokenizer {verb}: {nearest(verb, _TOKENIZER_VERBS)}")
     if verb == "compare":
         raise UsageError("tokenizer compare has no recipe: framework tokenizer compare FOLDER... --file FILE")
-    return rest
+    if verb == "train":
+        return rest
+    if not rest or "=" in rest[0]:
+        raise UsageError("tokenizer extend takes what it extends: framework tokenizer extend FOLDER data.train=[a.txt]")
+    quoted = rest[0].replace("\\", "\\\\").replace("'", "\\'")
+    return [f"init_from='{quoted}'", *rest[1:]]
 
 
 # --- Hydra ---------------------------------------------------------------------------------------------------------

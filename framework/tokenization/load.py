@@ -35,6 +35,15 @@ class HubTokenizer:
         self.end_id = self._id_of("eos_token")
         self.bos_id = self._id_of("bos_token") if _wants_bos(backend, config) else None
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's object; nobody may change it."""
+        return self._backend
+
+    def on(self, backend: tokenizers.Tokenizer) -> "HubTokenizer":
+        """Another vocabulary under this tokenizer's names, end token and template."""
+        return HubTokenizer(backend, self._config, self._template)
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""

@@ -1,9 +1,10 @@
-"""`framework tokenizer train` and `compare` by their own words."""
+"""`framework tokenizer train|extend|compare` by their own words."""
 
 import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from framework.main import compose, main
 from framework.stages.config import TokenizerRun
@@ -51,6 +52,30 @@ def test_train_each_kind_and_compare_them(folder: Path, capsys: pytest.CaptureFi
     assert cells(table, "runs/wordpiece")[-1] == "1 of 3", "the moon , the frost"
     bpe = json.loads(Path("runs/bpe/summary.json").read_text())["figures"]
     assert cells(table, "runs/bpe/model")[4] == f"{bpe['bytes_per_token']:.3f}"
+
+
+def test_extend_is_a_recipe_with_a_parent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Old ids stay in the folder that transformers loads; the run knows what it extended, and what it gained."""
+    quiet = ["device=cpu", "threads=1", "tracking.progress=false"]
+    Path("en.txt").write_text("the cat sat on the mat, that rat ran\n" * 9)
+    Path("zh.txt").write_text("明月光，低頭思故鄉明月\n" * 9)
+    old_words = ["train", "data.train=en.txt", "tokenizer.vocab_size=280", "name=old"]
+    assert main(["tokenizer", *old_words, *quiet]) == 0
+    Path("runs/old/model").rename("it's,old")
+    words = ["extend", "it's,old", "data.train=zh.txt", "tokenizer.new_tokens=30", "name=new", *quiet]
+    assert main(["tokenizer", *words]) == 0
+    old, new = (AutoTokenizer.from_pretrained(f) for f in ("it's,old", "runs/new/model"))
+    assert old.get_vocab().items() <= new.get_vocab().items()
+    pieces = json.loads(Path("runs/new/sub_pieces.json").read_text())
+    assert [int(i) for i in pieces] == list(range(len(old), len(new)))
+    ids = new.encode("明月光 the", add_special_tokens=False)
+    assert [j for i in ids for j in pieces.get(str(i), [i])] == old.encode("明月光 the", add_special_tokens=False)
+    summary = json.loads(Path("runs/new/summary.json").read_text())
+    assert summary["figures"]["new_tokens"] == len(new) - len(old) == len(pieces)
+    assert summary["figures"]["bytes_per_token"] > 2 * summary["figures"]["bytes_per_token/before"]
+    assert "init_from" in summary["parents"]
+    assert main(["explain", "tokenizer", *words]) == 0
+    assert "init_from: it's,old" in capsys.readouterr().out
 
 
 def test_any_record_has_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
