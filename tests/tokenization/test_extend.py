@@ -142,6 +142,26 @@ def test_transformers_reads_it(case: tuple[HubTokenizer, Extension], tmp_path: P
     assert load(tmp_path).fingerprint == extension.tokenizer.fingerprint
 
 
+def test_a_class_that_builds_its_own_pipeline_reads_it_too(tmp_path: Path) -> None:
+    """transformers' Qwen2Tokenizer takes vocabulary and merges from tokenizer.json and the rest from its own code."""
+    state = json.loads(train(iter(ENGLISH), TokenizerConfig(vocab_size=330)).backend.to_str())
+    vocab = {t: i for i, t in enumerate(t for t in state["model"]["vocab"] if not t.startswith("<|"))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [tuple(m) for m in state["model"]["merges"]]))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = made(TokenizerKind.BPE).backend.pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
+    old = HubTokenizer(backend, config, None)
+    extension = extend(old, iter(CHINESE), 60)
+    extension.tokenizer.save(str(tmp_path))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(theirs).__name__ == "Qwen2Tokenizer"
+    assert old.backend.get_vocab(with_added_tokens=True).items() <= theirs.get_vocab().items()
+    for text in [*ENGLISH, *CHINESE, "é e\u0301<|im_end|> 明月"]:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == extension.tokenizer.encode(text)
+
+
 def test_pairs_by_hand() -> None:
     """月 is E6 9C 88, æ ľ Ī in GPT-2's letters; the vocabulary knows æ ľ, so one merge is left to make, then 月月."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
