@@ -1,6 +1,6 @@
 """The tokenizer stage: text in, a Hugging Face tokenizer folder out, learned from nothing or extending another's.
 
-Left out: the model of an extended vocabulary, whose rows `models.vocabulary.resized` draws from sub_pieces.json.
+Where what is extended is a model's folder, the model is written too, with rows for the new tokens (`growth`).
 """
 
 import itertools
@@ -12,8 +12,9 @@ from framework.core.records import Sample, TextSample
 from framework.data.config import DataConfig
 from framework.data.sources import open_sources, read, read_located
 from framework.stages.config import TokenizerRun
+from framework.stages.growth import grow
 from framework.stages.job import Job, Run, located, open_job
-from framework.tokenization.extend import extend
+from framework.tokenization.extend import Pieces, extend
 from framework.tokenization.load import HubTokenizer, load
 from framework.tokenization.train import train
 from framework.tracking.atomic import replace_json
@@ -27,8 +28,11 @@ def run(config: TokenizerRun) -> Run:
             return job.result()
         data = located(config.data, job.say)
         old = load(config.init_from) if config.init_from else None
-        learned = _learned(job, config, data, old)
+        learned, sub_pieces = _learned(job, config, data, old)
         learned.save(str(config.folder / "model"))
+        if sub_pieces:
+            replace_json(config.folder / "sub_pieces.json", {str(i): parts for i, parts in sub_pieces.items()})
+            job.say(grow(config.init_from, config.folder / "model", learned, sub_pieces))
         held_out = list(_texts(data.valid_paths or data.train, data.format))
         figures = {"vocab_size": learned.vocab_size, "bytes_per_token": _bytes_per_token(learned, held_out)}
         before = 1.0 if old is None else _bytes_per_token(old, held_out)
@@ -38,17 +42,16 @@ def run(config: TokenizerRun) -> Run:
         return job.finish(figures)
 
 
-def _learned(job: Job, config: TokenizerRun, data: DataConfig, old: HubTokenizer | None) -> HubTokenizer:
+def _learned(job: Job, config: TokenizerRun, data: DataConfig, old: HubTokenizer | None) -> tuple[HubTokenizer, Pieces]:
     def pause(_: int) -> None:
         job.stop.leave("while reading texts")
 
     with Progress("reading texts", _num_bytes(data), "bytes", enabled=config.tracking.progress) as progress:
         texts = _told(data, progress)
         if old is None:
-            return train(texts, config.tokenizer, pause)
+            return train(texts, config.tokenizer, pause), {}
         extension = extend(old, texts, config.tokenizer.new_tokens, pause)
-    replace_json(config.folder / "sub_pieces.json", {str(i): parts for i, parts in extension.sub_pieces.items()})
-    return extension.tokenizer
+    return extension.tokenizer, extension.sub_pieces
 
 
 def _bytes_per_token(tokenizer: HubTokenizer, texts: list[str]) -> float:
