@@ -44,6 +44,7 @@ TOOLS = {
 }
 _COMPOSING = ("explain", "data", "slurm")  # tools that take the words of a stage
 _SWEEP_WORDS = ("-m", "--multirun")
+_TOKENIZER_VERBS = ("train", "extend", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,12 +100,31 @@ def compose(stage: str, overrides: Sequence[str]) -> tuple[RunConfig, ...]:
     """Words to frozen configs: one for a stage; for a pipeline its own and then one for each of its stages."""
     if stage not in STAGES:
         raise UsageError(f"unknown stage '{stage}': {nearest(stage, STAGES)}")
+    overrides = _without_verb(stage, overrides)
     if stage != "pipeline":
         return (_compose_one(stage, overrides),)
     own, forwarded = _split_pipeline_words(overrides)
     pipeline = _compose_one("pipeline", own)
     assert isinstance(pipeline, PipelineRun)
     return (pipeline, *(_compose_member(pipeline, member, forwarded) for member in pipeline.stages))
+
+
+def _without_verb(stage: str, words: Sequence[str]) -> list[str]:
+    """The stage's own words: `tokenizer train a=b` says `a=b`, and `tokenizer extend FOLDER a=b`
+    `init_from=FOLDER a=b`, in quotes, so that no path is read as Hydra's grammar."""
+    verb, rest = (words[0], list(words[1:])) if words else ("", [])
+    if stage != "tokenizer" or not verb or "=" in verb or verb.startswith(("-", "~", "+")):
+        return list(words)
+    if verb not in _TOKENIZER_VERBS:
+        raise UsageError(f"tokenizer {verb}: {nearest(verb, _TOKENIZER_VERBS)}")
+    if verb == "compare":
+        raise UsageError("tokenizer compare has no recipe: framework tokenizer compare FOLDER... --file FILE")
+    if verb == "train":
+        return rest
+    if not rest or "=" in rest[0]:
+        raise UsageError("tokenizer extend takes what it extends: framework tokenizer extend FOLDER data.train=[a.txt]")
+    quoted = rest[0].replace("\\", "\\\\").replace("'", "\\'")
+    return [f"init_from='{quoted}'", *rest[1:]]
 
 
 # --- Hydra ---------------------------------------------------------------------------------------------------------
@@ -187,7 +207,7 @@ def _sweep(stage: str, words: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    words = [word for word in words if word not in _SWEEP_WORDS]
+    words = _without_verb(stage, [word for word in words if word not in _SWEEP_WORDS])
     if stage == "pipeline":
         raise UsageError("-m sweeps one stage; a pipeline is no stage: sweep sft, ppo, ...")
 
@@ -283,10 +303,12 @@ def _run_tool(name: str, words: list[str]) -> int:
 
 
 def _run_command(stage: str, words: list[str]) -> int:
+    if stage == "tokenizer" and words[:1] == ["compare"]:
+        compared: int = importlib.import_module("framework.stages.vocabularies").compare(words[1:])
+        return compared
     if any(word in ("-h", "--help") for word in words):
         print(_stage_help(stage))
         return 0
-    words = words[1:] if stage == "tokenizer" and words[:1] == ["train"] else words
 
     def told(error: FrameworkError) -> None:
         print(f"framework {stage}: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
-"""One sample as a reader sees it: what is trained stands between « and »."""
+"""One sample as a reader sees it: what is trained stands between « and »; half a character at its end is left out."""
 
+import codecs
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -18,5 +19,10 @@ def marked(tokenizer: Tokenizer, ids: Iterable[int], mask: Iterable[bool]) -> st
 def _spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
     runs = groupby(ids, key=lambda token: tokenizer.token_bytes(token) == b"")
     return "".join(
-        "".join(map(tokenizer.token_text, run)) if special else tokenizer.decode(list(run)) for special, run in runs
+        "".join(map(tokenizer.token_text, run)) if special else _plain(tokenizer, run) for special, run in runs
     )
+
+
+def _plain(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    content = b"".join(map(tokenizer.token_bytes, ids))
+    return codecs.getincrementaldecoder("utf-8")(errors="replace").decode(content)

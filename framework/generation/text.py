@@ -14,7 +14,7 @@ from framework.core.runtime import choose_device
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.native import NativeGenerator
 from framework.generation.protocol import Generator
-from framework.generation.stream import TextStream
+from framework.generation.stream import TextStream, answer_text
 from framework.models.hub import locate, read_folder
 from framework.models.init import parameter_shapes
 from framework.tokenization.load import load as load_tokenizer
@@ -61,8 +61,6 @@ def stream_text(
     for token in generator.stream(prompt_ids(tokenizer, prompt), sampling, seed):
         if piece := text.push(token):
             yield piece
-    if rest := text.finish():
-        yield rest
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -86,12 +84,6 @@ def prompt_batch(tokenizer: Tokenizer, prompts: Sequence[Prompt], first_row: int
     tokens = torch.zeros(mask.shape, dtype=torch.int64)
     tokens[mask] = torch.tensor([token for row in ids for token in row])
     return PromptBatch(tokens=tokens, token_mask=mask, row=first_row + torch.arange(len(ids)))
-
-
-def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """What the tokens spell, byte for byte, so that it continues a prompt with its spaces and is what a stream shows;
-    bytes that are no UTF-8 become U+FFFD."""
-    return b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
 
 
 def responses(rollout: Rollout) -> list[list[int]]:

@@ -11,6 +11,7 @@ from framework.core.masked import masked_sum
 from framework.core.records import Experience, PromptBatch, Rollout, Tokenizer
 from framework.data.loader import Loader, RowSource
 from framework.generation.config import SamplingConfig
+from framework.generation.stream import answer_text, token_texts
 from framework.generation.text import responses
 from framework.objectives.kl import estimate_kl
 from framework.stages.config import PpoRun
@@ -60,7 +61,7 @@ class Assessor:
         assert isinstance(prompts, PromptBatch)
         rollout = self.roles.answer(prompts, samples, self.config.seed + _SEED)
         scores = self.roles.reward.score(rollout).result()
-        texts = [self.tokenizer.decode(ids) for ids in responses(rollout)]
+        texts = [answer_text(self.tokenizer, ids) for ids in responses(rollout)]
         tasks = self._tasks()
         self._show(version, rollout, texts, scores)
         return _named(
@@ -132,7 +133,7 @@ def show_rollout(job: Job, tokenizer: Tokenizer, experience: Experience, scores:
     }
     ids = first.rollout.tokens[0, :length].tolist()
     content = {
-        "tokens": [tokenizer.decode([i]) or tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids],
+        "tokens": token_texts(tokenizer, ids),
         "response_mask": first.rollout.response_mask[0, :length].tolist(),
         **{name: [round(x, 5) for x in track[0, :length].tolist()] for name, track in tracks.items()},
         "score": float(scores[0]),

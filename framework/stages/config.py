@@ -3,7 +3,7 @@
 No torch here, so that help, `explain` and refusals are instant.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from framework.checkpoint.config import CheckpointConfig
@@ -85,14 +85,21 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
-    """Train a tokenizer on text."""
+    """Train a tokenizer on text; tokenizer extend FOLDER ..., tokenizer compare FOLDER... --file FILE."""
 
+    init_from: str = ""  # a tokenizer's or model's folder whose vocabulary is extended; none: train from nothing
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data.train), "data.train is empty; name the files to learn from: data.train=[a.txt]")
+        of_training = replace(self.tokenizer, new_tokens=1) != TokenizerConfig(new_tokens=1)
+        require(
+            not (self.init_from and of_training),
+            "an extended tokenizer keeps its kind, special tokens and old ids; leave out all keys of tokenizer but "
+            "tokenizer.new_tokens",
+        )
 
     @property
     def names(self) -> list[tuple[str, str, str]]:

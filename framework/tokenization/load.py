@@ -35,6 +35,15 @@ class HubTokenizer:
         self.end_id = self._id_of("eos_token")
         self.bos_id = self._id_of("bos_token") if _wants_bos(backend, config) else None
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's object; nobody may change it."""
+        return self._backend
+
+    def on(self, backend: tokenizers.Tokenizer) -> "HubTokenizer":
+        """Another vocabulary under this tokenizer's names, end token and template."""
+        return HubTokenizer(backend, self._config, self._template)
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
@@ -100,12 +109,8 @@ class HubTokenizer:
         return int(found)
 
 
-def load(folder: str | Path) -> HubTokenizer:
-    """The tokenizer of a Hugging Face folder, a model's or a tokenizer's own.
-
-    The end token is the one that the chat template writes behind an answer where that is another than `eos_token`
-    (base models with a chat template, e.g. Qwen2.5): a model must learn to stop where its conversations do.
-    """
+def read_backend(folder: str | Path) -> tokenizers.Tokenizer:
+    """What tokenizer.json holds, for whoever needs neither an end token nor a template (BERT's folder names none)."""
     path = local(folder)
     if not path.is_dir():
         raise UsageError(f"no such tokenizer folder: {folder}")
@@ -115,9 +120,19 @@ def load(folder: str | Path) -> HubTokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
+
+
+def load(folder: str | Path) -> HubTokenizer:
+    """The tokenizer of a Hugging Face folder, a model's or a tokenizer's own.
+
+    The end token is the one that the chat template writes behind an answer where that is another than `eos_token`
+    (base models with a chat template, e.g. Qwen2.5): a model must learn to stop where its conversations do.
+    """
+    path = local(folder)
+    backend = read_backend(folder)
     config = _read_json(path / "tokenizer_config.json")
     chat_template = _chat_template(path, config)
     end = _content(config.get("eos_token")) or _generation_end(path, backend)

@@ -1,7 +1,10 @@
-"""Train a tokenizer: characters with bytes behind them, or byte-level byte-pair encoding (Sennrich et al. 2016).
+"""Train a tokenizer: characters, byte-level byte-pair encoding (Sennrich et al. 2016), a unigram language model
+(Kudo 2018), or WordPiece (Schuster and Nakajima 2012, cut as BERT cuts).
 
-Either way nothing is ever unknown and every text comes back from its ids. The result is a plain `tokenizer.json` that
-the `tokenizers` library runs by itself. Left out: normalisation, which would lose text.
+With bytes behind the first three nothing is ever unknown and every text comes back from its ids, each character of it.
+WordPiece keeps words and loses the white space between them; a word with a character that training never saw is
+[UNK], which decoding shows. The result is a plain `tokenizer.json` that the `tokenizers` library runs by itself. Left
+out: normalisation, which would lose text; only WordPiece has it, and only where the recipe asks (`lowercase`).
 """
 
 from collections import Counter
@@ -9,17 +12,41 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from framework.core.errors import DataError
-from framework.tokenization.config import END_TOKEN, NUM_BYTES, PAD_TOKEN, TokenizerConfig, TokenizerKind
+from framework.tokenization.config import (
+    BYTE_ALPHABET,
+    END_TOKEN,
+    ESCAPE,
+    ESCAPED,
+    NUM_BYTES,
+    PAD_TOKEN,
+    UNKNOWN_TOKEN,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from framework.tokenization.load import HubTokenizer
+from framework.tokenization.pieces import (
+    CONTINUED,
+    count_words,
+    frequent_characters,
+    learn_pieces,
+    learn_word_pieces,
+)
 from framework.tokenization.template import default_template
 
 # How text is cut before merging: contractions, words, single digits, punctuation, line ends, spaces (Qwen2's pattern).
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How text is cut before pieces are weighed: as above, and with nothing but a space in front of a word.
+_WORDS = r"␛[01]| ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}␛]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The space that WordPiece's decoder puts before a Chinese character, its punctuation, or a full-width form.
+_NO_SPACE_BEFORE = "^ (?=[\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af])"
+_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
+_BYTE_SCORE = -1000.0
+SPACE = "▁"  # SentencePiece's: how unigram pieces spell a space
 
 
 def train(texts: Iterator[str], config: TokenizerConfig, progress: Callable[[int], None] | None = None) -> HubTokenizer:
@@ -28,7 +55,7 @@ def train(texts: Iterator[str], config: TokenizerConfig, progress: Callable[[int
     Special tokens have the first ids, in the order of the recipe. `progress` is told the characters read so far.
     """
     counted = _counted(texts, progress)
-    trained = _character(counted, config) if config.kind is TokenizerKind.CHARACTER else _bpe(counted, config)
+    trained = _KINDS[config.kind](counted, config)
     # A document begins with the token that ends one, as GPT-2's do: only so is its first word predicted too.
     begin = (END_TOKEN, config.special_tokens.index(END_TOKEN))
     trained.post_processor = processors.TemplateProcessing(single=f"{END_TOKEN} $A", special_tokens=[begin])
@@ -41,7 +68,7 @@ def _character(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Toke
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    tokens = [*config.special_tokens, *(f"<0x{byte:02X}>" for byte in range(NUM_BYTES))]
+    tokens = [*config.special_tokens, *_BYTE_TOKENS]
     by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
     tokens += [c for c in by_frequency if c not in config.special_tokens][: config.vocab_size - len(tokens)]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -68,6 +95,57 @@ def _bpe(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
     )
     trained.train_from_iterator(texts, trainer)
     return trained
+
+
+def _unigram(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
+    """Special tokens, bytes, escapes, then pieces by score. A byte's score is so low that only what no piece spells is
+    spelled in bytes; `unk_id` is asked for by the library and never comes out."""
+    trained = tokenizers.Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Replace(ESCAPE, ESCAPED[0]), normalizers.Replace(SPACE, ESCAPED[1])]
+    )
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
+        ]
+    )
+    spelled = [decoders.Replace(SPACE, " "), decoders.Replace(ESCAPED[1], SPACE), decoders.Replace(ESCAPED[0], ESCAPE)]
+    trained.decoder = decoders.Sequence([*spelled, decoders.ByteFallback(), decoders.Fuse()])
+    fixed = [*config.special_tokens, *_BYTE_TOKENS, *ESCAPED]
+    size = config.vocab_size - len(fixed)
+    words = count_words(trained, texts)
+    needed = [*BYTE_ALPHABET, SPACE]
+    alphabet = {*needed, *frequent_characters(words, max(0, min(size // 2, size - len(needed))))}
+    pieces = learn_pieces(words, size, alphabet)
+    scores = [*[0.0] * len(config.special_tokens), *[_BYTE_SCORE] * NUM_BYTES, *[0.0] * len(ESCAPED)]
+    vocab = [*zip(fixed, scores, strict=True), *((p, score) for p, score in pieces if p not in fixed)]
+    trained.model = models.Unigram(vocab, unk_id=0, byte_fallback=True)
+    return trained
+
+
+def _wordpiece(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
+    """Cut at white space and around every punctuation mark and Chinese character; then the longest piece first."""
+    trained = tokenizers.Tokenizer(models.WordPiece())
+    trained.normalizer = normalizers.BertNormalizer(
+        clean_text=False, handle_chinese_chars=True, strip_accents=config.lowercase, lowercase=config.lowercase
+    )
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    joined = decoders.Replace(Regex(_NO_SPACE_BEFORE), "")  # Chinese is written without spaces
+    trained.decoder = decoders.Sequence([decoders.WordPiece(prefix=CONTINUED, cleanup=False), joined])
+    fixed = [*config.special_tokens, UNKNOWN_TOKEN]
+    pieces = learn_word_pieces(count_words(trained, texts), config.vocab_size - len(fixed))
+    vocab = {piece: index for index, piece in enumerate([*fixed, *(p for p in pieces if p not in fixed)])}
+    trained.model = models.WordPiece(vocab, unk_token=UNKNOWN_TOKEN, continuing_subword_prefix=CONTINUED)
+    return trained
+
+
+_KINDS = {
+    TokenizerKind.CHARACTER: _character,
+    TokenizerKind.BPE: _bpe,
+    TokenizerKind.UNIGRAM: _unigram,
+    TokenizerKind.WORDPIECE: _wordpiece,
+}
 
 
 def _hub_config(config: TokenizerConfig) -> dict[str, Any]:

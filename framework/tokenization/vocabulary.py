@@ -6,11 +6,12 @@ It serves streaming: whoever prints tokens as they come must hold back an unfini
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tokenizers
 
+Pattern = tuple[re.Pattern[str], str]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -46,14 +47,27 @@ def _reader(steps: list[dict[str, Any]]) -> Callable[[str], bytes]:
     if "ByteLevel" in kinds:
         return functools.partial(_byte_level, byte_characters())
     if "WordPiece" in kinds:
-        return lambda token: token[2:].encode() if token.startswith("##") else b" " + token.encode()
+        prefix = next(step["prefix"] for step in steps if step["type"] == "WordPiece")
+        return functools.partial(_word_piece, prefix, list(_patterns(steps)))
     if not kinds:
         return lambda token: b" " + token.encode()  # without a decoder the library joins tokens by spaces
     space = next((step["replacement"] for step in steps if step["type"] == "Metaspace"), None)
-    replaced = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
+    patterns = list(_patterns(steps))
     if space is not None:
-        replaced.append((space, " "))
-    return functools.partial(_fallback if "ByteFallback" in kinds else _plain, replaced)
+        patterns.append((re.compile(re.escape(space)), " "))
+    return functools.partial(_fallback if "ByteFallback" in kinds else _plain, patterns)
+
+
+def _patterns(steps: list[dict[str, Any]]) -> Iterator[Pattern]:
+    """What the decoder's steps replace, token by token; Python's regular expressions stand in for the library's."""
+    for step in steps:
+        if step["type"] == "Replace":
+            ((kind, pattern),) = step["pattern"].items()
+            yield re.compile(pattern if kind == "Regex" else re.escape(pattern)), step["content"]
+
+
+def _word_piece(prefix: str, patterns: list[Pattern], token: str) -> bytes:
+    return _plain(patterns, token.removeprefix(prefix) if token.startswith(prefix) else f" {token}")
 
 
 def _byte_level(bytes_of: dict[str, int], token: str) -> bytes:
@@ -61,12 +75,12 @@ def _byte_level(bytes_of: dict[str, int], token: str) -> bytes:
     return token.encode() if None in known else bytes(known)  # type: ignore[arg-type]
 
 
-def _fallback(replaced: list[tuple[str, str]], token: str) -> bytes:
+def _fallback(patterns: list[Pattern], token: str) -> bytes:
     byte = _BYTE.fullmatch(token)
-    return bytes([int(byte[1], 16)]) if byte else _plain(replaced, token)
+    return bytes([int(byte[1], 16)]) if byte else _plain(patterns, token)
 
 
-def _plain(replaced: list[tuple[str, str]], token: str) -> bytes:
-    for old, new in replaced:
-        token = token.replace(old, new)
+def _plain(patterns: list[Pattern], token: str) -> bytes:
+    for old, new in patterns:
+        token = old.sub(lambda _: new, token)  # noqa: B023  (called at once)
     return token.encode()

@@ -17,7 +17,8 @@ from framework.core.registry import lookup, names, register
 from framework.core.runtime import Runtime
 from framework.data.chat_template import render_prompt
 from framework.data.sources import open_sources, read_located
-from framework.generation.text import answer_text, responses
+from framework.generation.stream import answer_text
+from framework.generation.text import responses
 from framework.tasks.task import PARTS, Task, get
 from framework.tokenization.load import load as load_tokenizer
 from framework.workers.config import MODEL, EngineSpec

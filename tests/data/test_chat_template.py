@@ -84,7 +84,10 @@ def test_the_mask_is_transformers_own(kind: TokenizerKind, tmp_path: Path) -> No
     ours = train(iter(["the cat sat on the mat 床前明月光 " * 3]), TokenizerConfig(kind=kind, vocab_size=320))
     ours.save(str(tmp_path))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
-    texts = st.text(st.sampled_from("thecat 床前月\n😀<|>é"), max_size=8)
+    letters = "thecat床前月😀<|>é" + (
+        "" if kind is TokenizerKind.WORDPIECE else " \n"
+    )  # white space has no token there
+    texts = st.text(st.sampled_from(letters), max_size=8)
     turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), texts), min_size=1, max_size=5)
 
     @settings(max_examples=60, deadline=None)
