@@ -8,10 +8,15 @@ A multiply-add counts as 2, backward as twice forward; norms, softmax and recomp
 work. Left out: what the kernels really execute (torch's FlopCounterMode tells).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from framework.core.records import Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from framework.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from framework.core.records import Rows  # torch, which `framework models` answers without
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Work:
     parameters: float = 0.0  # FLOPs by the 6 N convention
     exact: float = 0.0  # FLOPs by the exact one
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.parameters + other.parameters, self.exact + other.exact)
 
 
@@ -32,6 +37,14 @@ def multiplied_weights(config: ModelConfig) -> tuple[int, int]:
     attention = hidden * config.head_size * 2 * (config.num_heads + config.kv_heads)
     feed_forward = hidden * config.feed_forward_size * (3 if config.activation.is_gated else 2)
     return config.num_layers * (attention + feed_forward), hidden * config.vocab_size
+
+
+def forward_flops(config: ModelConfig, keys: int = 0) -> int:
+    """Of one token's way forward: 2 a multiplied weight, and 4 N H (scores, mixture) a layer and key that it sees.
+    `keys` counts the token itself; a window lets fewer through."""
+    narrow = sum(config.windowed(layer) for layer in range(config.num_layers))
+    seen = (config.num_layers - narrow) * keys + (narrow * min(keys, config.window) if narrow else 0)
+    return 2 * sum(multiplied_weights(config)) + 4 * config.num_heads * config.head_size * seen
 
 
 def training_work(config: ModelConfig, rows: Rows, scores_labels: bool = True) -> Work:
