@@ -35,6 +35,10 @@ TOOLS = {
         "compare",
         "RUN RUN: what differs: recipe, origin, figures, curves, and the first step, tensor and rank",
     ),
+    "models": (
+        "models",
+        "[axes | compare NAME...]: families and presets; each axis, its formula and source; models side by side",
+    ),
     "report": ("watch", "RUN: write report.html again from what lies in the run folder"),
     "slurm": ("slurm", "STAGE WORDS...: the stage on all nodes of this Slurm job; sbatch launch/slurm calls it"),
     "doctor": (

@@ -1,6 +1,7 @@
 """Every recipe composes, opens with the command that runs it, and its model builds on the meta device."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from framework.core.config import recipes_folder
 from framework.main import compose
+from framework.models.presets import preset
 from framework.models.transformer import Transformer
 from framework.stages.config import STAGES, TrainingRun
 
@@ -40,8 +42,15 @@ def test_an_experiment_opens_with_the_command_that_runs_it(experiment: Path) -> 
 def test_a_model_recipe_composes_and_builds(model: str) -> None:
     (config,) = compose("pretrain", ["tokenizer=t", "data.train=[a]", f"model={model}"])
     assert isinstance(config, TrainingRun)
+    assert config.model == preset(model)
     with torch.device("meta"):
         Transformer(dataclasses.replace(config.model, vocab_size=32000))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_published_model_names_its_paper(model: str) -> None:
+    text = (RECIPES / "model" / f"{model}.yaml").read_text()
+    assert "vocab_size" not in text or re.match(r"# .*\b20\d\d, ", text)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors.numpy
 
 from tests.tiny import framework, model_folders
 
@@ -34,6 +35,13 @@ def lines(*records: object) -> str:
 
 def half(content: bytes) -> bytes:
     return content[: len(content) // 2]
+
+
+def seven_rows(content: bytes) -> bytes:
+    """A model's file with an embedding of seven tokens."""
+    tensors = safetensors.numpy.load(content)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:7]
+    return safetensors.numpy.save(tensors)
 
 
 def entry(**words: object) -> dict[str, Content]:
@@ -234,7 +242,22 @@ ROWS = [
         {"m": "POLICY", "m/config.json": lambda it: re.sub(rb'vocab_size": \d+', b'vocab_size": 9', it), **SAMPLES},
         1,
     ),
-    Wrong(f"{PRETRAIN} data.train=a.txt model.vocab_size=7", "take the tokenizer that belongs to the model", TEXT),
+    Wrong(f"{PRETRAIN} data.train=a.txt model.vocab_size=7", "only 7; model.vocab_size=0 has as many rows", TEXT),
+    Wrong(
+        OWN,
+        "tokens, the model's embedding only 7; take the tokenizer that belongs to the model",
+        {"m": "POLICY", "m/config.json": lambda it: re.sub(rb'vocab_size": \d+', b'vocab_size": 7', it),
+         "m/model.safetensors": seven_rows, **SAMPLES},
+    ),
+    Wrong(
+        f"{PRETRAIN} data.train=a.txt model=gpt2 model.vocab_size=0 model.max_positions=47",
+        "data.max_tokens=48 is longer than the model's 47 learned positions; choose at most 47", TEXT,
+    ),
+    Wrong(f"{PRETRAIN} data.train=a.txt model.family=lama", "unknown family 'lama': did you mean 'llama'?", TEXT),
+    Wrong(
+        f"{PRETRAIN} data.train=a.txt model.window=4",
+        "the Llama layout cannot hold model.window=4; it would be read as 0", TEXT,
+    ),
     Wrong(f"{SFT} model.num_layers=7", "model.num_layers=7, but the model of init_from=", SAMPLES),
     Wrong(f"{_SFT} model.num_heads=30", "model.hidden_size=128 is not divisible by model.num_heads=30"),
     Wrong(PPO.replace("REWARD", "POLICY"), "has no tensor 'class_head.weight'", PROMPTS, 1),
@@ -347,6 +370,8 @@ ROWS = [
     Wrong("status r", "r/status.json is not the status of a run: [1]", {"r/status.json": "[1]"}),
     Wrong("status r", "is not the status of a run: total is 'x'", {"r/status.json": '{"total": "x"}'}),
     Wrong("report nowhere", "nowhere is not a run folder"),
+    Wrong("models compar gpt2", "unknown verb 'compar': did you mean 'compare'?"),
+    Wrong("models compare lama-7b", "'lama-7b' is neither a preset nor a model folder: did you mean 'llama-7b'?"),
     Wrong("report r", "Is a directory", {"r/status.json": "{}", "r/report.html": None}, 1),
     Wrong("compare r", "the following arguments are required: RUN"),
     Wrong("compare r nowhere", "nowhere is not a run folder", {"r/status.json": "{}", "r/config.yaml": "a: 1"}),

@@ -8,14 +8,18 @@ A multiply-add counts as 2, backward as twice forward; norms, softmax and recomp
 work. Left out: what the kernels really execute (torch's FlopCounterMode tells).
 """
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from framework.core.records import Rows
 from framework.models.config import ModelConfig
-from framework.models.init import parameter_shapes
+
+if TYPE_CHECKING:  # torch, which `framework models` answers without
+    from torch import Tensor
+
+    from framework.core.records import Rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Work:
     parameters: float = 0.0  # FLOPs by the 6 N convention
     exact: float = 0.0  # FLOPs by the exact one
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.parameters + other.parameters, self.exact + other.exact)
 
 
@@ -36,6 +40,14 @@ def multiplied_weights(config: ModelConfig) -> tuple[int, int]:
     attention = hidden * config.head_size * 2 * (config.num_heads + config.kv_heads)
     feed_forward = hidden * config.feed_forward_size * (3 if config.activation.is_gated else 2)
     return config.num_layers * (attention + feed_forward), hidden * config.vocab_size
+
+
+def forward_flops(config: ModelConfig, keys: int = 0) -> int:
+    """Of one token's way forward: 2 a multiplied weight, and 4 N H (scores, mixture) a layer and key that it sees.
+    `keys` counts the token itself; a window lets fewer through."""
+    narrow = sum(config.windowed(layer) for layer in range(config.num_layers))
+    seen = (config.num_layers - narrow) * keys + (narrow * min(keys, config.window) if narrow else 0)
+    return 2 * sum(multiplied_weights(config)) + 4 * config.num_heads * config.head_size * seen
 
 
 def training_work(
@@ -87,6 +99,8 @@ def _multiplied(config: ModelConfig, layer: int, frozen: frozenset[str]) -> tupl
 @functools.lru_cache(maxsize=64)
 def _first_learning(config: ModelConfig, frozen: frozenset[str]) -> int:
     """The first layer that learns, 0 where something in front of the layers does, their number where none does."""
+    from framework.models.init import parameter_shapes  # torch
+
     names = [name.split(".") for name in parameter_shapes(config) if name not in frozen]
     behind = {"norm": config.num_layers, "head": config.num_layers}
     first = (int(rest[0]) if module == "layers" else behind.get(module, 0) for module, *rest in names)

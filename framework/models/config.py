@@ -14,7 +14,7 @@ class Position(Choice):
     ROTARY = "rotary"  # q and k turned by angles that grow with the position (Su et al. 2021)
     LEARNED = "learned"  # a vector a position, added to the embedding (Radford et al. 2018)
     ALIBI = "alibi"  # -slope of the head x distance, added to the scores (Press et al. 2022)
-    NONE = "none"
+    NONE = "none"  # it does not, but for the mask (Haviv et al. 2022)
 
 
 class Scaling(Choice):
@@ -23,7 +23,7 @@ class Scaling(Choice):
     `turns` of a frequency: how often it goes round in the original context.
     """
 
-    NONE = "none"
+    NONE = "none"  # as they are
     LINEAR = "linear"  # all frequencies / factor (Chen et al. 2023)
     LLAMA3 = "llama3"  # / factor below `slow` turns, kept above `fast`, blended by turns between (Llama 3.1)
     YARN = "yarn"  # likewise, blended by index, and cos and sin times `sharpness` (Peng et al. 2023, section 3)
@@ -34,7 +34,7 @@ class RopeScaling:
     """See `Scaling`; what a kind does not read is left alone."""
 
     kind: Scaling = Scaling.NONE
-    factor: float = 1.0
+    factor: float = 1.0  # the longer context / the original one
     original_positions: int = 0  # the context that the frequencies were made for; llama3 and yarn
     slow: float = 1.0  # turns; llama3 and yarn
     fast: float = 0.0  # turns; 0 = 4 (llama3), 32 (yarn)
@@ -82,7 +82,7 @@ class Activation(Choice):
     GEGLU_TANH = "geglu_tanh"  # gated; act = gelu_tanh
     GELU = "gelu"  # x Phi(x) (Hendrycks & Gimpel 2016)
     GELU_TANH = "gelu_tanh"  # its approximation by tanh
-    RELU = "relu"
+    RELU = "relu"  # max(x, 0)
 
     @property
     def is_gated(self) -> bool:
@@ -92,7 +92,7 @@ class Activation(Choice):
 class Bias(Choice):
     """Which projections of attention have one."""
 
-    NONE = "none"
+    NONE = "none"  # Llama, Mistral
     QKV = "qkv"  # Qwen2, GLM
     ALL = "all"  # GPT-2, BLOOM
 
@@ -102,17 +102,15 @@ class ModelConfig:
     """A decoder-only transformer. `vocab_size` 0 means "the tokenizer's"; 0 for `num_kv_heads`, `head_dim`,
     `intermediate_size` means the usual value derived from the others."""
 
-    family: str = "llama"  # in whose Hugging Face layout it is saved
-    vocab_size: int = 0
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = (
-        0  # = num_heads; fewer: each serves a group of heads (Ainslie et al. 2023), 1: all (Shazeer 2019)
-    )
-    head_dim: int = 0  # = hidden_size / num_heads
-    intermediate_size: int = 0  # = 8/3 hidden_size up to a multiple of 32 (gated), else 4 hidden_size
-    max_positions: int = 2048
+    family: str = "llama"  # in whose Hugging Face layout it is saved; `framework models` lists them
+    vocab_size: int = 0  # V, rows of the embedding and of the head; a tokenizer may have fewer tokens, not more
+    hidden_size: int = 128  # D, the width of the residual stream
+    num_layers: int = 4  # blocks of attention and feed-forward (Vaswani et al. 2017)
+    num_heads: int = 4  # N: softmax(q k / sqrt(H)) v in each, then o (Vaswani et al. 2017, section 3.2)
+    num_kv_heads: int = 0  # 0 = num_heads; fewer: each serves a group (Ainslie et al. 2023), 1: all (Shazeer 2019)
+    head_dim: int = 0  # H; 0 = hidden_size / num_heads
+    intermediate_size: int = 0  # 0 = 8/3 hidden_size up to a multiple of 32 (gated), else 4 hidden_size
+    max_positions: int = 2048  # the context: how many learned positions there are; generation stops there
     position: Position = Position.ROTARY
     rope_theta: float = 10000.0  # frequency i turns by theta^(-2i/H) a position
     rope_fraction: float = 1.0  # the first part of each head that turns (GLM: a half)
@@ -123,13 +121,13 @@ class ModelConfig:
     qk_norm: bool = False  # RMS norm of each head's q and k before they turn (Henry et al. 2020; Qwen3)
     norm: Norm = Norm.RMS
     norm_place: NormPlace = NormPlace.PRE
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the mean square, or to the variance, under the root
     embedding_norm: bool = False  # of the embedded tokens (BLOOM)
     activation: Activation = Activation.SWIGLU
     attention_bias: Bias = Bias.NONE
-    mlp_bias: bool = False
+    mlp_bias: bool = False  # of the feed-forward's projections
     tied: bool = True  # the head's matrix is the embedding's (Press & Wolf 2017)
-    init_std: float = 0.02
+    init_std: float = 0.02  # of drawn weights; those back into the residual stream / sqrt(2 num_layers) (GPT-2)
 
     def __post_init__(self) -> None:
         heads, kv = self.num_heads, self.num_kv_heads or self.num_heads

@@ -19,7 +19,6 @@ from framework.core.records import Box, ReadBox
 from framework.core.registry import lookup, names
 from framework.models.adapters import is_adapter, open_adapter
 from framework.models.config import ModelConfig
-from framework.models.families import gpt, llama  # noqa: F401  (they enter themselves into the registry)
 from framework.models.families.family import Family
 from framework.models.families.tensors import Piece, joined
 from framework.models.init import fill, parameter_shapes

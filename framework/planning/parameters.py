@@ -48,6 +48,11 @@ def num_parameters(model: ModelConfig) -> int:
     return count(root(model)) + model.num_layers * count(block(model))
 
 
+def kv_bytes(model: ModelConfig, number: int = 2) -> int:
+    """What each token leaves in the cache of keys and values, in numbers of so many bytes (2: bf16)."""
+    return 2 * model.num_layers * model.kv_heads * model.head_size * number
+
+
 def count(table: Table) -> int:
     """Elements of all parameters, whole."""
     return sum(entry.size for entry in table)

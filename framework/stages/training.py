@@ -12,6 +12,7 @@ from framework.core.deadline import deadline
 from framework.core.errors import UsageError
 from framework.core.places import local
 from framework.core.records import Box, Metrics, ReadBox, Tokenizer
+from framework.core.registry import lookup
 from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
@@ -20,7 +21,7 @@ from framework.engine.loop import train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
 from framework.models.adapters import save_adapter
-from framework.models.config import LoraConfig, ModelConfig
+from framework.models.config import LoraConfig, ModelConfig, Position
 from framework.models.hub import pieces_of, read_folder, save_weights
 from framework.models.init import parameter_shapes, random_weights
 from framework.models.lora import merged, targets, with_fresh
@@ -61,15 +62,22 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
     tokenizer = load_tokenizer(config.init_from or config.tokenizer)
     if not config.init_from:
         model = replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+        lookup("family", model.family).config_to(model)  # refuses now, not after training, what it could not save
         start = Start(model, random_weights(model, config.seed), tokenizer)
     else:
         model, stored, shapes = read_folder(config.init_from)
         refuse_other(config.model, model, config.init_from)
         start = Start(model, with_fresh_heads(stored, set(shapes), model, config.seed), tokenizer)
     if model.vocab_size < tokenizer.vocab_size:
+        owner = "take the tokenizer that belongs to the model"
         raise UsageError(
             f"the tokenizer of {config.init_from or config.tokenizer} has {tokenizer.vocab_size} tokens, the model's "
-            f"embedding only {model.vocab_size}; take the tokenizer that belongs to the model"
+            f"embedding only {model.vocab_size}; {owner if config.init_from else 'model.vocab_size=0 has as many rows'}"
+        )
+    if model.position is Position.LEARNED and config.data.max_tokens > model.max_positions:
+        raise UsageError(
+            f"data.max_tokens={config.data.max_tokens} is longer than the model's {model.max_positions} learned "
+            f"positions; choose at most {model.max_positions}"
         )
     check(start.model, config.parallel, config.engine, world_size)
     if config.lora.rank:

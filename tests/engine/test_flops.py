@@ -1,14 +1,17 @@
 """FLOPs against torch's own counter, against a count by brute force, and against numbers worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from framework.core.records import TokenBatch
 from framework.engine.config import EngineConfig
-from framework.engine.flops import Work, multiplied_weights, training_work, utilisation
+from framework.engine.flops import Work, forward_flops, multiplied_weights, training_work, utilisation
 from framework.models.config import Activation, ModelConfig
 from framework.models.init import parameter_shapes
+from framework.models.transformer import Transformer
 from tests.engine.cases import TIED, UNTIED, WIDTH, build, language_loss, packed, rollout
 
 GELU = ModelConfig(vocab_size=40, hidden_size=32, num_layers=3, num_heads=4, tied=False, activation=Activation.GELU)
@@ -33,6 +36,23 @@ def test_torch_counts_the_same_where_every_key_is_seen(config: ModelConfig) -> N
     unseen = 2 * WIDTH * (WIDTH - 1) // 2
     attention = 12 * config.num_layers * config.num_heads * config.head_size
     assert counter.get_total_flops() == training_work(config, rows).exact + attention * unseen
+
+
+@pytest.mark.parametrize("config", [TIED, GELU], ids=["grouped heads", "gelu"])
+def test_a_way_forward_is_what_torch_counts_where_every_key_is_seen(config: ModelConfig) -> None:
+    model = Transformer(config, strict=True)
+    tokens = torch.ones(1, WIDTH, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(tokens))
+    assert counter.get_total_flops() == WIDTH * forward_flops(config, keys=WIDTH)
+    assert forward_flops(config) == 2 * sum(multiplied_weights(config))
+
+
+def test_a_window_lets_fewer_keys_through() -> None:
+    """By hand: 3 layers, 4 heads of 8; the last two see 5 keys of 9: 4 x 32 x (9 + 5 + 5) more than the weights."""
+    config = replace(GELU, window=5, window_from=1)
+    assert forward_flops(config, 9) - forward_flops(config) == 4 * 32 * 19
+    assert forward_flops(config, 4) - forward_flops(config) == 4 * 32 * 12
 
 
 def test_packed_rows_by_brute_force() -> None:

@@ -1,1 +1,6 @@
-"""How each family of published models writes our architecture down: names of tensors, keys of config.json."""
+"""How each family of published models writes our architecture down: names of tensors, keys of config.json.
+
+Importing this room enters them all into the registry; it is free of torch.
+"""
+
+from framework.models.families import gpt, llama  # noqa: F401

@@ -20,6 +20,7 @@ class Family:
     settings: Sequence[Setting]
     causal: str = "{}ForCausalLM"
     derived: tuple[str, ...] = ()  # ends of names of tensors that are computed here
+    covers: str = ""  # the published models that it holds
 
     def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
         """Where each of our parameters lies in their tensors."""
@@ -42,6 +43,8 @@ class Family:
         """ModelConfig -> config.json, of the causal model or, where `classes` > 0, of the classifier."""
         kind = "{}ForSequenceClassification" if classes else self.causal
         theirs: dict[str, Any] = {"architectures": [kind.format(self.name)], "model_type": self.model_type}
+        # Said, for what is not said has their default: GLM's 151329, with which a smaller vocabulary would not be read.
+        theirs["pad_token_id"] = None
         theirs |= write_all(self.settings, config, self.name)
         if classes:
             theirs |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}}

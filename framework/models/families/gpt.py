@@ -56,6 +56,7 @@ FAMILIES = (
         ),
         causal="{}LMHeadModel",
         derived=(".attn.bias", "position_ids"),
+        covers="GPT-1",
     ),
     Family(
         "gpt2", "GPT2", "transformer.",
@@ -78,6 +79,7 @@ FAMILIES = (
         ),
         causal="{}LMHeadModel",
         derived=(".attn.bias", ".attn.masked_bias"),
+        covers="GPT-2, small to XL",
     ),
     Family(
         "bloom", "Bloom", "transformer.",
@@ -98,6 +100,7 @@ FAMILIES = (
                 | {"embedding_norm": True}
             ),
         ),
+        covers="BLOOM, 560M to 176B",
     ),
 )  # fmt: skip
 for _family in FAMILIES:

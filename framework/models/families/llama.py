@@ -77,11 +77,13 @@ FAMILIES = (
             _llama(),
         ),
         derived=("rotary_emb.inv_freq",),
+        covers="Llama 1 to 3.3, TinyLlama, SmolLM2",
     ),
     Family(
         "mistral", "Mistral", "model.", _TABLE,
         (*_settings(eps=1e-6, positions=131072, kv=8), Rope(), Window(), _llama()),
         derived=("rotary_emb.inv_freq",),
+        covers="Mistral 7B",
     ),
     Family(
         "qwen2", "Qwen2", "model.", _TABLE,
@@ -91,6 +93,7 @@ FAMILIES = (
             Window("use_sliding_window"),
             _llama(attention_bias=Bias.QKV),
         ),
+        covers="Qwen1.5, Qwen2 and Qwen2.5, dense",
     ),
     Family(
         "qwen3", "Qwen3", "model.", (*_TABLE, *_QK_NORMS),
@@ -101,14 +104,17 @@ FAMILIES = (
             Key("attention_bias", "attention_bias", Bias.NONE, {Bias.NONE: False, Bias.ALL: True}),
             _llama(qk_norm=True),
         ),
+        covers="Qwen3, dense",
     ),
     Family(
         "glm", "Glm", "model.", (*_OUTER, *_ATTENTION, *_NORMS, *_FUSED_MLP),
         (*_GLM, _llama(rope_interleaved=True)),
+        covers="GLM-4-9B, its folders for transformers (-hf)",
     ),
     Family(
         "glm4", "Glm4", "model.", (*_OUTER, *_ATTENTION, *_NORMS, *_OUT_NORMS, *_FUSED_MLP),
         (*_GLM, _llama(rope_interleaved=True, norm_place=NormPlace.SANDWICH)),
+        covers="GLM-4-0414 and GLM-Z1-0414, 9B and 32B",
     ),
 )  # fmt: skip
 for _family in FAMILIES:

@@ -2,18 +2,21 @@
 
 An entry names one module of theirs and the modules of ours that make it up, one after another, or head by head; its
 weight and its bias follow the same entry. So a tensor of ours is some runs of rows of one of theirs (`Piece`), and the
-pieces of one of theirs cover its rows once.
+pieces of one of theirs cover its rows once. torch is imported where tensors move, so that the families can be listed
+without it.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from framework.core.records import Box
+    from framework.core.records import Box
 
 Shape = tuple[int, ...]
 
@@ -56,6 +59,8 @@ class Piece:
 
     def read(self, stored: Any, box: Box) -> Tensor:
         """Our box out of `stored`, a safetensors slice of theirs, and nothing else of it."""
+        import torch
+
         (row, rows), *more = box
         columns = tuple(slice(start, start + length) for start, length in more)
         parts = []
@@ -102,6 +107,8 @@ def _piece(name: str, places: Mapping[str, tuple[Entry, int]], shapes: Mapping[s
 
 def joined(weights: Iterable[tuple[str, Tensor]], piece_of: Callable[[str], Piece]) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) pairs -> (their name, tensor): each of theirs as soon as all of it is there."""
+    import torch
+
     begun: dict[str, tuple[Tensor, int]] = {}
     for name, ours in weights:
         piece = piece_of(name)
