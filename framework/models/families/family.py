@@ -24,11 +24,11 @@ class Family:
 
     def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
         """Where each of our parameters lies in their tensors."""
-        return pieces((*self.table, *_HEADS), shapes, heads)
+        return pieces((*self.table, *HEADS), shapes, heads)
 
     def canonical(self, name: str) -> str:
         """Their name as transformers writes it: the prefix is left out by some published files."""
-        is_head = any(name.startswith(f"{entry.theirs}.") for entry in _HEADS)
+        is_head = any(name.startswith(f"{entry.theirs}.") for entry in HEADS)
         return name if is_head or name.startswith(self.prefix) else self.prefix + name
 
     def is_derived(self, name: str) -> bool:
@@ -52,4 +52,4 @@ class Family:
         return theirs
 
 
-_HEADS = (Entry("lm_head", ("head",)), Entry("score", ("class_head",)))
+HEADS = (Entry("lm_head", ("head",)), Entry("score", ("class_head",)))

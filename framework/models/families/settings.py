@@ -235,7 +235,10 @@ def write_all(settings: Sequence[Setting], config: ModelConfig, layout: str) -> 
     for axis in dataclasses.fields(ModelConfig):
         said, meant = (_value(getattr(model, axis.name)) for model in (back, whole))
         if said != meant:
-            raise UsageError(f"the {layout} layout cannot hold model.{axis.name}={meant}; it would be read as {said}")
+            raise UsageError(
+                f"the {layout} layout cannot hold model.{axis.name}={meant}; it would be read as {said}. "
+                "model.family=framework holds every axis"
+            )
     return theirs
 
 
