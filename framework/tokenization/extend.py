@@ -28,6 +28,7 @@ from framework.tokenization.config import ESCAPE
 from framework.tokenization.load import HubTokenizer
 from framework.tokenization.pairs import Symbols, learn_pairs
 from framework.tokenization.pieces import CONTINUED, count_words, frequent_characters, learn_pieces, learn_word_pieces
+from framework.tokenization.train import counted
 
 _MIN_FREQUENCY = 2  # a piece or character seen less often is none
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -56,7 +57,7 @@ def extend(
     if model["type"] not in _KINDS:
         raise UsageError(f"a {model['type']} vocabulary cannot be extended; BPE, Unigram and WordPiece can")
     _settle(model, old.backend)
-    pieces = _KINDS[model["type"]](old.backend, model, _counted(texts, progress), old.vocab_size, num_tokens)
+    pieces = _KINDS[model["type"]](old.backend, model, counted(texts, progress), old.vocab_size, num_tokens)
     if not pieces:
         raise DataError("the text holds no piece, seen twice, that the vocabulary lacks; give more text, or other")
     return Extension(old.on(tokenizers.Tokenizer.from_str(json.dumps(state))), pieces)
@@ -71,15 +72,6 @@ def _settle(model: Model, backend: tokenizers.Tokenizer) -> None:
             vocab.setdefault(token.content, index)
         elif index >= len(vocab):
             vocab.append([token.content, min(score for _, score in vocab)])
-
-
-def _counted(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
-    seen = 0
-    for text in texts:
-        yield text
-        seen += len(text)
-        if progress is not None:
-            progress(seen)
 
 
 # --- byte-pair encoding --------------------------------------------------------------------------------------------

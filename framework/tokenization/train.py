@@ -8,7 +8,7 @@ out: normalisation, which would lose text; only WordPiece has it, and only where
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tokenizers
@@ -54,8 +54,8 @@ def train(texts: Iterator[str], config: TokenizerConfig, progress: Callable[[int
 
     Special tokens have the first ids, in the order of the recipe. `progress` is told the characters read so far.
     """
-    counted = _counted(texts, progress)
-    trained = _KINDS[config.kind](counted, config)
+    told = counted(texts, progress)
+    trained = _KINDS[config.kind](told, config)
     # A document begins with the token that ends one, as GPT-2's do: only so is its first word predicted too.
     begin = (END_TOKEN, config.special_tokens.index(END_TOKEN))
     trained.post_processor = processors.TemplateProcessing(single=f"{END_TOKEN} $A", special_tokens=[begin])
@@ -160,7 +160,8 @@ def _hub_config(config: TokenizerConfig) -> dict[str, Any]:
     }
 
 
-def _counted(texts: Iterator[str], progress: Callable[[int], None] | None) -> Iterator[str]:
+def counted(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
+    """`texts`; `progress` is told the characters read so far. DataError where there are none."""
     seen = 0
     for text in texts:
         yield text

@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,15 @@ def constant(name: str, box: Box) -> Tensor:
     return torch.full([length for _, length in box], 0.01)
 
 
-def train(runtime: Runtime, parallel: ParallelConfig, task: Task) -> None:
+Words = Callable[[ModelConfig], dict[str, Any]]  # more words of `build_engine` for a model
+
+
+def all_learns(model: ModelConfig) -> dict[str, Any]:
+    """No more words."""
+    return {}
+
+
+def train(runtime: Runtime, parallel: ParallelConfig, task: Task, words: Words) -> None:
     """Build an engine and take the steps."""
     engine = build_engine(
         task.model,
@@ -112,20 +121,21 @@ def train(runtime: Runtime, parallel: ParallelConfig, task: Task) -> None:
         optim=OptimConfig(),
         total_steps=100,
         weights=constant,
+        **words(task.model),
     )
     for step in range(task.steps):
         engine.forward_backward(packed(task, step), token_loss)
         engine.step()
 
 
-def peak(runtime: Runtime, parallel: ParallelConfig, task: Task) -> int:
+def peak(runtime: Runtime, parallel: ParallelConfig, task: Task, words: Words = all_learns) -> int:
     """Bytes that this rank's resident memory grew by at most."""
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    train(runtime, parallel, replace(task, width=64, layers=8, length=16, rows=1, vocabulary=64))
+    train(runtime, parallel, replace(task, width=64, layers=8, length=16, rows=1, vocabulary=64), words)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    train(runtime, parallel, task)
+    train(runtime, parallel, task, words)
     return resident("VmHWM") - before
 
 

@@ -1,11 +1,12 @@
 """The benchmarks run, and all rivals do the same work; tiny sizes, and no speed is looked at."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import contest, layouts, memory, preparation, saving, sft, startup, step
+from tests.benchmarks import adapting, contest, layouts, memory, model, preparation, saving, sft, startup, step
 from tests.benchmarks.contest import Lap, Laps, Pledge, Run
 from tests.benchmarks.material import long_conversations, write_records
 
@@ -81,6 +82,25 @@ def test_loops_in_one_layout_end_at_one_loss(tmp_path: Path, layout: str) -> Non
     raced = contest.compete(layouts.contestants(task, layout), tmp_path, rounds=1)
     assert 3 < raced.pledge.close["loss after two updates"] < 6
     assert {lap.trained for laps in raced.laps.values() for lap in laps} == {64}
+
+
+def test_a_model_and_its_rival_say_one_loss_and_write_one_text(tmp_path: Path) -> None:
+    sizes = {"width": 16, "layers": 1, "vocab": 64, "rows": 2, "places": 16, "steps": 1, "new": 8, "threads": 1}
+    task = model.Task(folder=tmp_path / "model", **sizes)
+    task.write()
+    for title, rivals in model.contests(task).items():
+        if "compiled" not in title:
+            (tmp_path / title).mkdir()
+            lines = run_once(rivals, tmp_path / title)
+            assert len({line.lap for line in lines}) == 1
+
+
+def test_what_learns_less_says_the_same_loss_and_keeps_fewer_moments(tmp_path: Path) -> None:
+    task = memory.Task(width=64, layers=2, vocabulary=64, rows=2, length=16, micros=1, steps=1)
+    ways = {way: functools.partial(adapting.run, task=task, way=way, threads=1) for way in adapting.WAYS}
+    assert len({line.lap for line in run_once(ways, tmp_path)}) == 1
+    everything, half, last, adapter = (adapting.moments(task, way) for way in adapting.WAYS)
+    assert everything > half >= last > adapter > 0
 
 
 def test_samples_of_the_large_file_differ() -> None:

@@ -1,12 +1,28 @@
 """Small models whose every parameter is random, norms and biases included, at a scale where each one matters."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from framework.models.config import ModelConfig
+from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
 from framework.models.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=40)
+
+LATER_AXES = {
+    "alibi, norm of the embedding": replace(
+        TINY, position=Position.ALIBI, norm=Norm.LAYER, embedding_norm=True, num_heads=4
+    ),
+    "window, norms of q and k": replace(TINY, window=4, window_from=1, qk_norm=True, attention_bias=Bias.QKV),
+    "sandwich, half of each head turned": replace(
+        TINY, norm_place=NormPlace.SANDWICH, head_dim=16, rope_fraction=0.5, rope_interleaved=True
+    ),
+    "deep, geglu, window with alibi": replace(
+        TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=4
+    ),
+    "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
+}
 
 
 def drawn(

@@ -14,7 +14,7 @@ from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPla
 from framework.models.kv_cache import KVCache
 from framework.models.scorer import Scorer
 from framework.models.transformer import Transformer
-from tests.models.drawn import TINY, drawn, tokens
+from tests.models.drawn import LATER_AXES, TINY, drawn, tokens
 
 AXES = {
     "llama": TINY,
@@ -25,17 +25,7 @@ AXES = {
     "post, erf": replace(TINY, norm=Norm.LAYER, norm_place=NormPlace.POST, activation=Activation.GELU),
     "no positions, relu": replace(TINY, position=Position.NONE, activation=Activation.RELU),
     "larger": replace(TINY, vocab_size=2500, hidden_size=96, head_dim=24, num_kv_heads=0, intermediate_size=0),
-    "alibi, norm of the embedding": replace(
-        TINY, position=Position.ALIBI, norm=Norm.LAYER, embedding_norm=True, num_heads=4
-    ),
-    "window, norms of q and k": replace(TINY, window=4, window_from=1, qk_norm=True, attention_bias=Bias.QKV),
-    "sandwich, half of each head turned": replace(
-        TINY, norm_place=NormPlace.SANDWICH, head_dim=16, rope_fraction=0.5, rope_interleaved=True
-    ),
-    "deep, geglu, window with alibi": replace(
-        TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=3
-    ),
-    "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
+    **LATER_AXES,
 }
 SLOTS, WIDTH = 3, 21
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from framework.core.errors import UsageError
 from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
 from framework.models.transformer import Transformer
-from tests.models.drawn import TINY, drawn, positions, tokens
+from tests.models.drawn import LATER_AXES, TINY, drawn, positions, tokens
 
 GPT2 = ModelConfig(
     vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, max_positions=24, position=Position.LEARNED,
@@ -28,17 +28,7 @@ AXES = {
         TINY, position=Position.NONE, activation=Activation.RELU, num_kv_heads=1
     ),
     "gelu": replace(TINY, activation=Activation.GELU),
-    "alibi, norm of the embedding": replace(
-        TINY, position=Position.ALIBI, norm=Norm.LAYER, embedding_norm=True, num_heads=4
-    ),
-    "window, norms of q and k": replace(TINY, window=4, window_from=1, qk_norm=True, attention_bias=Bias.QKV),
-    "sandwich, half of each head turned": replace(
-        TINY, norm_place=NormPlace.SANDWICH, head_dim=16, rope_fraction=0.5, rope_interleaved=True
-    ),
-    "deep, geglu, window with alibi": replace(
-        TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=4
-    ),
-    "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
+    **LATER_AXES,
 }
 
 
