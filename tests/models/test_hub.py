@@ -152,6 +152,21 @@ def test_a_tied_matrix_stored_twice_and_stored_frequencies_are_passed_over(tmp_p
     assert torch.equal(hub.load(tmp_path)(tokens(1, 4)), model(tokens(1, 4)))
 
 
+def test_a_published_folder_without_the_prefix_and_with_its_triangles(tmp_path: Path) -> None:
+    """As GPT-2's own: h.0.attn.c_attn.weight, and in h.0.attn.bias a mask."""
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=37, n_embd=32, n_layer=2, n_head=4)).eval()
+    theirs.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): x for name, x in stored.items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(2)}
+    assert "h.0.attn.c_attn.bias" in tensors
+    save_file(tensors, tmp_path / "model.safetensors")
+    ours, x = hub.load(tmp_path), tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(x)), theirs(x).logits, rtol=0, atol=1e-5)
+
+
 Spoil = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
 SPOILED: list[tuple[Spoil, type[FrameworkError], str]] = [
     (lambda t, c: t.pop("model.norm.weight"), CheckpointError, "missing tensor model.norm.weight"),
