@@ -47,12 +47,20 @@ class Key:
         if self.default is REQUIRED and type(value) is not int:
             raise UsageError(f"config.json: {self.theirs}={value!r}: sizes are whole numbers")
         if self.values is None:
+            self._check_kind(value)
             return {self.ours: value}
         found = [ours for ours, their in self.values.items() if their == value]
         if not found:
             known = ", ".join(map(str, self.values.values()))
             raise UsageError(f"config.json asks for {self.theirs}={value}, which is not computed here: only {known}")
         return {self.ours: found[0]}
+
+    def _check_kind(self, value: Any) -> None:
+        """A flag where the default is one, else a number."""
+        is_flag = isinstance(self.default, bool)
+        if isinstance(value, bool) != is_flag or not isinstance(value, (int, float)):
+            what = "true or false" if is_flag else "a number"
+            raise UsageError(f"config.json: {self.theirs}={value!r} is not {what}")
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         value = getattr(config.explicit(), self.ours)

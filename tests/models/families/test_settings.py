@@ -100,8 +100,13 @@ def test_a_size_that_is_missing_or_no_number_is_named(family: Family) -> None:
     for key in theirs:
         with pytest.raises(UsageError, match=f"does not say {key}"):
             family.config_from({k: v for k, v in theirs.items() if k != key})
-    with pytest.raises(UsageError, match="vocab_size='7': sizes are whole numbers"):
-        family.config_from(theirs | {"vocab_size": "7"})
+    for change, message in (
+        ({"vocab_size": "7"}, "vocab_size='7': sizes are whole numbers"),
+        ({"initializer_range": "wide"}, "initializer_range='wide' is not a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 is not true or false"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            family.config_from(theirs | change)
 
 
 @settings(max_examples=60, deadline=None)
