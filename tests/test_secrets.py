@@ -146,7 +146,7 @@ def test_ray_is_told_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch)
     told: list[dict[str, Any]] = []
     stand_in = SimpleNamespace(init=lambda **words: told.append(words), shutdown=lambda: None)
     monkeypatch.setitem(sys.modules, "ray", stand_in)
-    for step in ("_silence_driver", "_shut_down"):
+    for step in ("_read_environment", "_silence_driver", "_shut_down"):
         monkeypatch.setattr(local_ray, step, lambda: None)
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
