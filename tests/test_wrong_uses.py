@@ -1,13 +1,18 @@
-"""Wrong uses, each run as a real command: one clear line, the right exit code, no traceback, nothing half-written.
+"""Wrong uses of the command: one clear line, the right exit code, no traceback, nothing half-written.
 
 ROWS is the table; below it stands the runner. Left out: what needs a process to be killed or a disk to fill up
 (`test_bad_input`, `test_faults`).
 """
 
 import json
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +20,8 @@ from typing import NamedTuple
 import pytest
 import safetensors.numpy
 
-from tests.tiny import framework, model_folders
+from framework.main import main
+from tests.tiny import environment, framework, model_folders
 
 Content = str | bytes | None | Callable[[bytes], bytes]  # None: a folder; a function: of what stands there already
 
@@ -418,12 +424,43 @@ def errors(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.strip() and not line.startswith("preparing ")]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[f"{n}: {row.words[:40]}: {row.line[:40]}" for n, row in enumerate(ROWS)])
-def test_a_wrong_use_gets_one_clear_line(tmp_path: Path, models: Mapping[str, str], row: Wrong) -> None:
+def told(words: list[str], cwd: Path, fresh: bool) -> subprocess.CompletedProcess[str]:
+    """What the command says; in a fork of this process, which has all imports behind it, unless `fresh`."""
+    if fresh:
+        return framework(*words, cwd=cwd, timeout=120, check=False)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def run() -> None:
+            os.chdir(cwd)
+            os.environ |= environment()
+            for descriptor, stream in ((1, out), (2, err)):
+                os.dup2(stream.fileno(), descriptor)
+            sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")  # noqa: SIM115
+            code = main(words)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join(120)
+        process.kill()  # one that hangs
+        process.join()
+        assert process.exitcode is not None
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(words, process.exitcode, out.read(), err.read())
+
+
+@pytest.mark.parametrize(
+    ("number", "row"), enumerate(ROWS), ids=[f"{n}: {row.words[:40]}: {row.line[:40]}" for n, row in enumerate(ROWS)]
+)
+def test_a_wrong_use_gets_one_clear_line(tmp_path: Path, models: Mapping[str, str], number: int, row: Wrong) -> None:
     write(tmp_path, row.files, models)
     before = content_of(tmp_path)
     words = [re.sub("POLICY|REWARD", lambda name: models[name[0]], word) for word in shlex.split(row.words)]
-    done = framework(*words, cwd=tmp_path, timeout=120, check=False)
+    # Every tenth as a user's shell would start it; Ray does not go through a fork.
+    done = told(words, tmp_path, fresh=number % 10 == 0 or "cluster=ray" in words)
     assert done.returncode == row.code, done.stderr
     (error,) = errors(done.stderr)
     assert error.startswith(f"framework {words[0]}: ")
