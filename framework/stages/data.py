@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import util
 
-from rich.console import Console
 from rich.table import Table
 
 from framework.core.config import find_file
@@ -34,6 +33,7 @@ from framework.stages.extensions import load_extensions
 from framework.stages.training import open_both
 from framework.stages.words import Words
 from framework.tokenization.load import load as load_tokenizer
+from framework.tracking.console import console
 from framework.tracking.progress import Progress
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
@@ -200,7 +200,7 @@ def _show(census: Census, with_tokens: bool) -> None:
     for (path, code), tally in sorted(census.tallies.items()):
         counts = [tally.documents, tally.characters, *([tally.tokens] if with_tokens else [])]
         table.add_row(path, code, *(f"{count:,}" for count in counts))
-    Console().print(table)
+    console().print(table)
     if not _KNOWS_LANGUAGES:
         print('languages are not told apart: pip install "framework[curation]"')
     print(f"length of a document in {'tokens' if with_tokens else 'characters'}")

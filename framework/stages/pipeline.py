@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from framework.stages.config import PipelineRun, RunConfig
 from framework.stages.job import Run, open_job
 from framework.stages.launch import launch
 from framework.stages.plan import plain
+from framework.tracking.console import console
 from framework.tracking.report import write_report
 from framework.tracking.status import duration
 
@@ -20,18 +20,18 @@ def run(config: PipelineRun, members: Sequence[RunConfig]) -> Run:
     """Run the members in order; a finished one (equal recipe, equal parents) is only looked at."""
     # Its stages are tracked, as runs of one group; it has no curve, and a tracker may know one run a process only.
     config = replace(config, tracking=replace(config.tracking, kind="none"))
-    console = Console()
+    screen = console()
     identity = {"members": {member.stage: plain(member) for member in members}}
     with open_job(config, recipe=identity) as job:
         runs = []
         for number, member in enumerate(members, start=1):
-            console.print(f"[bold]{number}/{len(members)} {member.stage}[/bold] -> {member.run.dir}")
+            screen.print(f"[bold]{number}/{len(members)} {member.stage}[/bold] -> {member.run.dir}")
             runs.append(launch(member))
         report = write_report(config.folder / "report.html", [done.folder for done in runs])
-        console.print(_table(runs))
-        console.print(f"report: {report}", soft_wrap=True)
+        screen.print(_table(runs))
+        screen.print(f"report: {report}", soft_wrap=True)
         if model := _last_model(runs):
-            console.print(f"talk to it: framework generate {model} {_example(runs)}".rstrip(), soft_wrap=True)
+            screen.print(f"talk to it: framework generate {model} {_example(runs)}".rstrip(), soft_wrap=True)
         return job.result() if job.finished else job.finish(_all_figures(runs))
 
 

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from framework.core.config import find_file
@@ -13,6 +12,7 @@ from framework.stages.data import text_of
 from framework.stages.words import Words
 from framework.tokenization.compare import Spelling, Tally
 from framework.tokenization.load import read_backend
+from framework.tracking.console import console
 from framework.tracking.progress import Progress
 
 _COLUMNS = (
@@ -45,7 +45,7 @@ def compare(words: list[str]) -> int:
         table.add_column(column, justify="right")
     for folder, spelling in zip(chosen.folder, spellings, strict=True):
         table.add_row(folder, f"{spelling.vocab_size:,}", *_cells(spelling.tally))
-    Console().print(table)
+    console().print(table)
     first = spellings[0].tally
     print(f"{chosen.file}: {first.lines:,} lines, {first.characters:,} characters, {first.chinese:,} of them Chinese")
     return 0
