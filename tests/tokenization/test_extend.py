@@ -228,4 +228,6 @@ def test_what_cannot_be_extended_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_nothing_new_is_an_error(kind: TokenizerKind) -> None:
     with pytest.raises(DataError, match="the text holds no piece, seen twice"):
+        extend(made(kind), iter(["a"]), 5)
+    with pytest.raises(DataError, match="there is no text"):
         extend(made(kind), iter([]), 5)
