@@ -453,7 +453,9 @@ def told(words: list[str], cwd: Path, fresh: bool) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize(
-    ("number", "row"), enumerate(ROWS), ids=[f"{n}: {row.words[:40]}: {row.line[:40]}" for n, row in enumerate(ROWS)]
+    ("number", "row"),
+    list(enumerate(ROWS)),
+    ids=[f"{n}: {row.words[:40]}: {row.line[:40]}" for n, row in enumerate(ROWS)],
 )
 def test_a_wrong_use_gets_one_clear_line(tmp_path: Path, models: Mapping[str, str], number: int, row: Wrong) -> None:
     write(tmp_path, row.files, models)
