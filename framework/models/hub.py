@@ -59,6 +59,8 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
         return _read_adapted(path)
     config, family = read_architecture(path)
     files = _open_files(path, family)
+    if config.tied:
+        files.pop(_HEAD, None)  # some writers store the tied matrix twice
     shapes = dict(parameter_shapes(config))
     if _SCORE in files:
         shapes.pop("head.weight", None)  # a classifier has no language head, tied or not
@@ -215,7 +217,6 @@ def _parts(index: Path) -> list[str]:
 def _check(path: Path, pieces: Mapping[str, Piece], files: Mapping[str, tuple[Any, str]]) -> None:
     expected = {piece.theirs: piece.shape for piece in pieces.values()}
     shapes = {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in files.items()}
-    shapes = {name: shape for name, shape in shapes.items() if name in expected or name != _HEAD}  # a tied one, twice
     complaints = [f"unexpected tensor {files[name][1]}" for name in shapes if name not in expected]
     complaints += [f"missing tensor {name}" for name in expected if name not in shapes]
     complaints += [

@@ -122,6 +122,10 @@ def test_their_untied_classifier_loads_without_a_language_head(tmp_path: Path) -
     ours, x = hub.load(tmp_path), tokens(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs.model(x).last_hidden_state, rtol=0, atol=1e-5)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(37, 32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected tensor lm_head\.weight"):
+        hub.load(tmp_path)
     assert torch.equal(read("class_head.weight", whole((3, 32))), theirs.score.weight.detach())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cuda_ext.rotary.op import rotary
-from framework.models.config import ModelConfig, Position, RopeScaling, Scaling
+from framework.models.config import ModelConfig, RopeScaling, Scaling
 from framework.models.positions import Alibi, alibi_slopes, frequencies, rotary_tables, turn
 
 
@@ -83,4 +83,3 @@ def test_alibi_slopes_of_the_paper_and_biases_by_hand() -> None:
     ninf = float("-inf")
     expected = torch.tensor([[[[0, ninf], [-(2**-4), 0]], [[0, ninf], [-(2**-6), 0]]]])
     assert torch.equal(bias, expected)
-    assert ModelConfig(position=Position.ALIBI).position is Position.ALIBI

@@ -28,7 +28,7 @@ class Everything:
         """See `settings.Setting`."""
         if not isinstance(theirs.get(_AXES), Mapping):
             raise UsageError(f"config.json does not say {_AXES}")
-        return _decoded(ModelConfig(), theirs[_AXES])
+        return decoded(ModelConfig(), theirs[_AXES])
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """See `settings.Setting`."""
@@ -56,19 +56,21 @@ def _encoded(config: Any) -> dict[str, Any]:
     return {name: x.value if isinstance(x, Enum) else x for name, x in values.items()}
 
 
-def _decoded(default: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The other way, typed as `default` is."""
+def decoded(default: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way, typed as `default` is; UsageError for what is no axis or no choice of one."""
     found = {}
     for name, value in stored.items():
         if not hasattr(default, name):
             known = [field.name for field in dataclasses.fields(default)]
-            raise UsageError(f"config.json: unknown axis '{name}': {nearest(name, known)}")
+            raise UsageError(f"unknown axis '{name}': {nearest(name, known)}")
         example: Any = getattr(default, name)
         if dataclasses.is_dataclass(example):
             schema: Any = type(example)
-            value = schema(**_decoded(example, value))
+            value = schema(**decoded(example, value))
         elif isinstance(example, Enum):
             value = _choice(name, type(example), value)
+        elif isinstance(example, float):
+            value = float(value)  # YAML reads 1e-5 as a word
         found[name] = value
     return found
 
@@ -76,7 +78,7 @@ def _decoded(default: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
 def _choice(name: str, kind: type[Enum], value: Any) -> Enum:
     words = [member.value for member in kind]
     if value not in words:
-        raise UsageError(f"config.json: {name}={value}: {nearest(str(value), words)}")
+        raise UsageError(f"{name}={value}: {nearest(str(value), words)}")
     return kind(value)
 
 
