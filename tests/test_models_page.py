@@ -36,7 +36,7 @@ def test_the_page_s_way_in_on_and_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _, (tokenizer,), (sft, compare), (explain, pretrain) = map(commands, BASH)
+    _, (tokenizer,), (sft, compare), _, (explain, pretrain) = map(commands, BASH)
     framework(*tokenizer, cwd=tmp_path)
     printed(PYTHON[0])
     assert printed(PYTHON[1])[-2:] == ["True True", "tensor(True)"]
@@ -52,6 +52,17 @@ def test_the_page_s_way_in_on_and_out(
     short = ["model.hidden_size=24", "data.train=[corpora/tang/valid.txt]", "train.steps=1", "batch.size=2"]
     framework(*pretrain, *short, *_QUIET, cwd=tmp_path)
     assert type(transformers.AutoModelForCausalLM.from_pretrained("runs/pretrain/model")).__name__ == "GPT2LMHeadModel"
+
+
+def test_the_page_s_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer, pretrain, reward_model = commands(BASH[3])
+    framework(*tokenizer, "tracking.progress=false", cwd=tmp_path)
+    framework(*pretrain, *_QUIET, "train.steps=2", "data.train=[corpora/tang/valid.txt]", cwd=tmp_path)
+    framework(*reward_model, *_QUIET, "train.steps=1", "evaluation.baselines=false", cwd=tmp_path)
+    assert type(transformers.AutoModelForMaskedLM.from_pretrained("runs/encoder/model")).__name__ == "BertForMaskedLM"
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
+    assert type(classifier).__name__ == "BertForSequenceClassification"
 
 
 def test_what_the_page_quotes_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,8 @@ class TokenBatch(Record):
     loss_mask: Tensor  # [B, T] bool, of the labels
     positions: Tensor  # [B, T] int64
     document_ids: Tensor  # [B, T] int64
+    prefix_lengths: Tensor | None = None  # [B, T] int64: how many of its document's tokens all of it may see
+    token_types: Tensor | None = None  # [B, T] int64: which part of a pair a token is of
 
     def inputs(self) -> TokenBatch:
         return self
@@ -143,13 +145,16 @@ class Rollout(Record):
     sample: Tensor  # [B] int64: which of the prompt's samples
 
     def inputs(self) -> TokenBatch:
-        """What the model reads: labels are the tokens shifted by one, the loss mask marks predicted response tokens."""
+        """What the model reads: labels are the tokens shifted by one, the loss mask marks predicted response tokens,
+        the prompt is the prefix."""
+        prompt = (self.token_mask & ~self.response_mask).sum(1, keepdim=True)
         return TokenBatch(
             tokens=self.tokens,
             labels=_shift_left(self.tokens),
             loss_mask=_shift_left(self.response_mask),
             positions=self.positions,
             document_ids=self.token_mask.long(),
+            prefix_lengths=prompt.expand_as(self.tokens),
         )
 
 
@@ -303,6 +308,8 @@ class Tokenizer(Protocol):
     def end_id(self) -> int: ...  # ends a document and an answer
     @property
     def bos_id(self) -> int | None: ...  # in front of a document, where the tokenizer wants one
+    @property
+    def mask_id(self) -> int | None: ...  # stands for a hidden token, where the tokenizer has one
     @property
     def fingerprint(self) -> str: ...  # equal for tokenizers that give equal ids and equal templates
     def encode(self, text: str) -> list[int]: ...  # adds no special tokens, recognises those in `text`

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from framework.core.config import require
+from framework.core.config import Choice, require
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,32 @@ def _share(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
+
+
+class Objective(Choice):
+    """What of a text is hidden, and predicted."""
+
+    AUTO = "auto"  # what suits model.architecture: causal, prefix, or masked of an encoder
+    CAUSAL = "causal"  # each next token (Radford et al. 2018)
+    PREFIX = "prefix"  # each next token behind a first part of random length (Raffel et al. 2020, section 3.2.3)
+    MASKED = "masked"  # some tokens, from all others (Devlin et al. 2018)
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """What a language model learns from plain text."""
+
+    objective: Objective = Objective.AUTO
+    share: float = 0.15  # masked: of the tokens, predicted
+    masked: float = 0.8  # masked: of those, read as the tokenizer's mask token
+    random: float = 0.1  # masked: of those, read as any token; the rest are read as they are
+
+    def __post_init__(self) -> None:
+        require(0 < self.share < 1, f"language.share={self.share} must be between 0 and 1")
+        require(
+            min(self.masked, self.random) >= 0 and self.masked + self.random <= 1,
+            f"language.masked={self.masked} and language.random={self.random} are shares: at most 1 together",
+        )
 
 
 @dataclass(frozen=True)

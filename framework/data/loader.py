@@ -4,7 +4,7 @@ Left out: prefetching. A row is a few copies out of mapped memory, far less than
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,12 +46,22 @@ class Ordered(Protocol):
 class Loader:
     """This data rank's part of every batch."""
 
-    def __init__(self, rows: RowSource, batch_size: int, seed: int, data_rank: int = 0, data_size: int = 1):
-        """`batch_size` rows over all data ranks; rank d takes the d-th of `data_size` equal, consecutive parts."""
+    def __init__(
+        self,
+        rows: RowSource,
+        batch_size: int,
+        seed: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        shape: Callable[[Any, Array], Any] | None = None,
+    ):
+        """`batch_size` rows over all data ranks; rank d takes the d-th of `data_size` equal, consecutive parts. `shape`
+        makes of some rows and their places in the stream what is trained on (an objective that hides tokens)."""
         if batch_size % data_size:
             raise UsageError(f"batch.size={batch_size} is not divisible by {data_size} data ranks")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.data_rank, self.data_size = data_rank, data_size
+        self._shape = shape or _number
 
     def require(self, steps: int) -> None:
         """Refuse a run of `steps` batches for which the stream is too short."""
@@ -66,7 +76,7 @@ class Loader:
         """Rows step * batch_size ... of the endless stream, this rank's part. Prompts carry their stream position."""
         share = self.batch_size // self.data_size
         positions = step * self.batch_size + self.data_rank * share + np.arange(share)
-        return _number(self.rows.rows(stream(self.rows, self.seed, positions)), positions)
+        return self._shape(self.rows.rows(stream(self.rows, self.seed, positions)), positions)
 
     def evaluation_batches(self) -> Iterator[Any]:
         """Every row once, in the order of the data. All ranks get equally many batches of equal sizes; where the last
@@ -77,7 +87,7 @@ class Loader:
             positions = start + self.data_rank * share + np.arange(share)
             present = positions < start + count
             batch = self.rows.rows(np.where(present, positions, 0))
-            yield _number(batch if present.all() else _empty_where(batch, ~present), positions)
+            yield self._shape(batch if present.all() else _empty_where(batch, ~present), positions)
 
 
 def stream(rows: RowSource, seed: int, positions: Array) -> Array:
@@ -107,5 +117,5 @@ def _empty_where(batch: Batch, empty: Array) -> Batch:
     def clear(leaf: torch.Tensor) -> torch.Tensor:
         return torch.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), torch.zeros_like(leaf), leaf)
 
-    cleared: Batch = pytree.tree_map(clear, batch)
+    cleared: Batch = pytree.tree_map_only(torch.Tensor, clear, batch)
     return cleared

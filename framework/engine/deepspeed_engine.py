@@ -328,9 +328,10 @@ def _materialise(deepspeed: Any, scorer: Scorer, told: dict[str, Any], runtime: 
         if next(module.parameters(recurse=False), None) is not None:
             module.to_empty(device=runtime.device, recurse=False)
             deepspeed.zero.Init(module=module, config_dict_or_path=told)
-    # The head's weight is used by a module that does not own it, and in its backward once more.
+    # The head's parameters are used by a module that does not own them, and in its backward once more.
     if scorer.scores_labels:
-        deepspeed.zero.register_external_parameter(scorer.log_probs, scorer.model.output_weight)
+        for parameter in filter(torch.is_tensor, (scorer.model.output_weight, scorer.model.output_bias)):
+            deepspeed.zero.register_external_parameter(scorer.log_probs, parameter)
 
 
 def _hash(stretch: Stretch) -> int:

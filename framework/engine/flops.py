@@ -14,12 +14,13 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from framework.models.config import ModelConfig
+from framework.models.config import Architecture, ModelConfig
+from framework.models.frozen import BEHIND_THE_LAYERS
 
 if TYPE_CHECKING:  # torch, which `framework models` answers without
     from torch import Tensor
 
-    from framework.core.records import Rows
+    from framework.core.records import Rows, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def multiplied_weights(config: ModelConfig) -> tuple[int, int]:
     hidden = config.hidden_size
     attention = hidden * config.head_size * 2 * (config.num_heads + config.kv_heads)
     feed_forward = hidden * config.feed_forward_size * (3 if config.activation.is_gated else 2)
-    return config.num_layers * (attention + feed_forward), hidden * config.vocab_size
+    transform = hidden * hidden if config.head_transform else 0
+    return config.num_layers * (attention + feed_forward), hidden * config.vocab_size + transform
 
 
 def forward_flops(config: ModelConfig, keys: int = 0) -> int:
@@ -61,7 +63,7 @@ def training_work(
     inputs = rows.inputs()
     real = inputs.document_ids > 0
     tokens, labels = int(real.sum()), int(inputs.loss_mask.sum())
-    near, far = (int((seen * real).sum()) for seen in (_seen(inputs.positions, w) for w in (config.window, 0)))
+    near, far = (int((_seen(config, inputs, window) * real).sum()) for window in (config.window, 0))
     layers = head = attention = 0
     for layer in range(config.num_layers):
         weights, passes = _multiplied(config, layer, frozen)
@@ -75,9 +77,14 @@ def training_work(
     return Work(tokens, 2.0 * (layers + head) * tokens, exact)
 
 
-def _seen(positions: Tensor, window: int) -> Tensor:
-    """How many keys each query meets; window 0: all before it."""
-    seen = positions + 1
+def _seen(config: ModelConfig, inputs: TokenBatch, window: int) -> Tensor:
+    """[B,T]: how many keys each query meets; window 0: all before it, and what an encoder or a prefix shows ahead."""
+    seen = inputs.positions + 1
+    if config.architecture is Architecture.ENCODER:
+        last = seen.new_zeros(len(seen), int(inputs.document_ids.max()) + 1)
+        return last.scatter_reduce(1, inputs.document_ids, seen, "amax").gather(1, inputs.document_ids)
+    if inputs.prefix_lengths is not None:
+        return seen.maximum(inputs.prefix_lengths)
     return seen.clamp(max=window) if window else seen
 
 
@@ -102,7 +109,7 @@ def _first_learning(config: ModelConfig, frozen: frozenset[str]) -> int:
     from framework.models.init import parameter_shapes  # torch
 
     names = [name.split(".") for name in parameter_shapes(config) if name not in frozen]
-    behind = {"norm": config.num_layers, "head": config.num_layers}
+    behind = dict.fromkeys(BEHIND_THE_LAYERS, config.num_layers)
     first = (int(rest[0]) if module == "layers" else behind.get(module, 0) for module, *rest in names)
     return min(first, default=0)  # nothing of its own: an adapter
 

@@ -17,10 +17,11 @@ from framework.engine.config import EngineConfig
 from framework.engine.flops import multiplied_weights
 from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
-from framework.models.config import ModelConfig, Position
+from framework.models.config import Architecture, ModelConfig, Position
 from framework.models.layers import Linear
 from framework.models.positions import Alibi
 from framework.models.scorer import Scorer
+from framework.models.transformer import HEAD_PARTS
 from framework.parallel import tensor
 from framework.parallel.apply import Plan, apply
 from framework.parallel.config import ContextForm, ParallelConfig
@@ -43,7 +44,10 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         )
     if sizes["context"] > 1 and parallel.context_form is ContextForm.EXCHANGE:
         check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])
-    for axis, is_set in (("position=alibi", model.position is Position.ALIBI), ("window", model.window > 0)):
+    sees = f"architecture={model.architecture.value}"
+    looks_ahead = model.architecture is not Architecture.CAUSAL
+    unknown = {"position=alibi": model.position is Position.ALIBI, "window": model.window > 0, sees: looks_ahead}
+    for axis, is_set in unknown.items():
         require(
             sizes["context"] == 1 or not is_set,
             f"model.{axis} does not go with parallel.context={sizes['context']}: which knows causal attention within "
@@ -121,8 +125,9 @@ def plan(scorer: Scorer, layers: range, parallel: ParallelConfig, mesh: Mesh) ->
 def _dropped(scorer: Scorer, layers: range, first: bool, last: bool) -> list[str]:
     """What other stages hold. Absent parts stay absent."""
     names = [f"model.layers.{i}" for i in range(scorer.model.config.num_layers) if i not in layers]
-    names += [] if first else ["model.embedding", "model.position_embedding", "model.embedding_norm"]
-    return names + ([] if last else ["model.norm", "model.head", "value_head", "class_head"])
+    names += [] if first else [f"model.{name}" for name in _BEGIN]
+    ends = ["model.norm", *(f"model.{part}" for part in HEAD_PARTS), "value_head", "pooler", "class_head"]
+    return names + ([] if last else ends)
 
 
 def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str, tensor.Style]:
@@ -130,14 +135,20 @@ def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str,
     for layer in (f"model.layers.{i}" for i in layers):
         styles |= {f"{layer}.{name}": style for name, style in _LAYER.items()}
     if first:
-        styles |= {"model.embedding": tensor.vocabulary, "model.position_embedding": tensor.own_places}
-        styles |= {"model.embedding_norm": tensor.places}
+        styles |= {f"model.{name}": style for name, style in _BEGIN.items()}
     if last:
         whole = tensor.ends_whole if scorer.scores_labels else tensor.ends_whole_for_all
-        styles |= {"model.norm": tensor.places, "model.head": tensor.columns, "model": whole}
+        styles |= {"model.norm": tensor.places, "model.head": tensor.columns, "model.head_bias": tensor.columns}
+        styles |= {"model": whole, **{f"model.head_transform.{part}": tensor.places for part in ("dense", "norm")}}
     return {path: style for path, style in styles.items() if _find(scorer, path) is not None}
 
 
+_BEGIN: dict[str, tensor.Style] = {
+    "embedding": tensor.vocabulary,
+    "position_embedding": tensor.own_places,
+    "type_embedding": tensor.own_places,
+    "embedding_norm": tensor.places,
+}
 _LAYER: dict[str, tensor.Style] = {
     "attention_norm": tensor.places,
     "attention": tensor.all_places,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from framework.generation.config import SamplingConfig
 from framework.generation.sampling import require_finite, sample, sampling_uniforms
+from framework.models.config import Architecture
 from framework.models.kv_cache import CacheView, KVCache
 from framework.models.transformer import Transformer
 
@@ -48,6 +49,7 @@ class Decoding:
     ):
         self.model, self.board, self.sampling, self.stop_ids, self.seed = model, board, sampling, stop_ids, seed
         self.device = board.tokens.device
+        self._sees_prompts_whole = model.config.architecture is Architecture.PREFIX
         slots = min(slots, len(board))
         self.cache = KVCache(model.config, slots, board.tokens.shape[1], board.log_probs.dtype, self.device)
         self.uniforms = torch.zeros(slots, sampling.max_tokens, dtype=torch.float64, device=self.device)
@@ -81,6 +83,7 @@ class Decoding:
         hidden = self.model(
             board.tokens[at, :longest],
             positions=torch.arange(longest, device=self.device).expand(len(rows), -1),
+            prefix_lengths=self._on_device(lengths) if self._sees_prompts_whole else None,
             cache=self._view(slots, longest),
         )
         self._extend(slots, hidden[torch.arange(len(rows), device=self.device), self._on_device(lengths - 1)])

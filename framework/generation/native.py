@@ -16,7 +16,7 @@ from framework.core.errors import UsageError, nearest
 from framework.core.records import PromptBatch, Rollout
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.decoding import Board, Decoding
-from framework.models.config import ModelConfig
+from framework.models.config import Architecture, ModelConfig
 from framework.models.transformer import Transformer
 
 
@@ -36,6 +36,10 @@ class NativeGenerator:
         pause: Callable[[], None] = lambda: None,
     ):
         """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten."""
+        require(
+            config.architecture is not Architecture.ENCODER,
+            "a model of architecture=encoder writes no text: it sees what it would have to write",
+        )
         require(generation.slots >= 1, f"generation.slots={generation.slots} must be at least 1")
         self.config = config
         self.slots = generation.slots

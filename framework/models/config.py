@@ -1,11 +1,19 @@
-"""The architecture as data: every axis on which the decoder families of the field differ, one field each.
+"""The architecture as data: every axis on which the families of the field differ, one field each.
 
-Left out: encoders, mixtures of experts, capped scores.
+Left out: encoders with a decoder, mixtures of experts, capped scores.
 """
 
 from dataclasses import dataclass, field, replace
 
 from framework.core.config import Choice, require
+
+
+class Architecture(Choice):
+    """Which tokens of its document a token sees."""
+
+    CAUSAL = "causal"  # those before it, and itself (Radford et al. 2018)
+    PREFIX = "prefix"  # likewise, and all of the document's first part, which sees itself whole (Dong et al. 2019)
+    ENCODER = "encoder"  # all of them (Devlin et al. 2018)
 
 
 class Position(Choice):
@@ -99,9 +107,10 @@ class Bias(Choice):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. `vocab_size` 0 means "the tokenizer's"; 0 for `num_kv_heads`, `head_dim`,
+    """One transformer. `vocab_size` 0 means "the tokenizer's"; 0 for `num_kv_heads`, `head_dim`,
     `intermediate_size` means the usual value derived from the others."""
 
+    architecture: Architecture = Architecture.CAUSAL
     family: str = "llama"  # in whose Hugging Face layout it is saved; `framework models` lists them
     vocab_size: int = 0  # V, rows of the embedding and of the head; a tokenizer may have fewer tokens, not more
     hidden_size: int = 128  # D, the width of the residual stream
@@ -122,10 +131,12 @@ class ModelConfig:
     norm: Norm = Norm.RMS
     norm_place: NormPlace = NormPlace.PRE
     norm_eps: float = 1e-5  # added to the mean square, or to the variance, under the root
-    embedding_norm: bool = False  # of the embedded tokens (BLOOM)
+    embedding_norm: bool = False  # of the embedded tokens, places and types added (BLOOM, BERT)
+    token_types: int = 0  # rows of a table added to the embedding: which part of a pair a token is of (BERT: 2)
     activation: Activation = Activation.SWIGLU
     attention_bias: Bias = Bias.NONE
     mlp_bias: bool = False  # of the feed-forward's projections
+    head_transform: bool = False  # logits = W norm(act(A x + a)) + b in place of W x (BERT)
     tied: bool = True  # the head's matrix is the embedding's (Press & Wolf 2017)
     init_std: float = 0.02  # of drawn weights; those back into the residual stream / sqrt(2 num_layers) (GPT-2)
 
@@ -142,9 +153,25 @@ class ModelConfig:
             f"model.num_heads={heads} is not divisible by model.num_kv_heads={kv}; choose {_divisors(heads)}",
         )
         require(self.window >= 0, f"model.window={self.window} must be at least 1; 0 means that all is seen")
+        self._check_sight()
         require(
             0 < self.rope_fraction <= 1 and (self.position is not Position.ROTARY or self.turned_size % 2 == 0),
             f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_size} must be an even number",
+        )
+
+    def _check_sight(self) -> None:
+        """Windows and linear biases are defined for what looks back alone."""
+        looks_back = self.architecture is Architecture.CAUSAL
+        for axis, is_set in (("window", self.window > 0), ("position=alibi", self.position is Position.ALIBI)):
+            require(
+                looks_back or not is_set,
+                f"model.{axis} goes with model.architecture=causal alone, got {self.architecture}: whose tokens see "
+                "what comes after them",
+            )
+        require(
+            not self.head_transform or (self.architecture is Architecture.ENCODER and not self.activation.is_gated),
+            f"model.head_transform=true goes with model.architecture=encoder and an activation without a gate, got "
+            f"{self.architecture} and {self.activation}",
         )
 
     @property

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from framework.core.config import require
 from framework.core.errors import nearest
 
-_BEHIND_THE_LAYERS = ("norm", "head")
+BEHIND_THE_LAYERS = ("norm", "head_transform", "head", "head_bias")
 
 
 def frozen_names(names: Iterable[str], patterns: Sequence[str], last_layers: int, num_layers: int) -> frozenset[str]:
@@ -52,4 +52,4 @@ def _paths(name: str) -> list[str]:
 def _is_late(name: str, first: int) -> bool:
     """Whether a parameter stands in layer `first` or behind it."""
     module, *rest = name.split(".")
-    return int(rest[0]) >= first if module == "layers" else module in _BEHIND_THE_LAYERS
+    return int(rest[0]) >= first if module == "layers" else module in BEHIND_THE_LAYERS

@@ -1,9 +1,43 @@
 """What stands on the hidden states besides the language head's weight, which belongs to the Transformer."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cuda_ext.linear_log_probs.op import linear_log_probs
+from framework.models.config import ModelConfig
+from framework.models.layers import Linear, activation, build_norm
+
+
+class HeadTransform(nn.Module):
+    """norm(act(dense(x))), between the last layer and the logits (Devlin et al. 2018, as published)."""
+
+    def __init__(self, config: ModelConfig, strict: bool):
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size, True, strict)
+        self.norm = build_norm(config)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., D] -> [..., D]."""
+        y: Tensor = self.norm(activation(self.dense(x), self.activation))
+        return y
+
+
+class OutputBias(nn.Module):
+    """What is added to the logits: bias[V]. A module, so that a plan can cut it as it cuts the vocabulary."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(size))
+
+
+class Pooler(Linear):
+    """tanh(dense(x)) of a row's first state: what an encoder's class head reads (Devlin et al. 2018)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[B,D] -> [B,D]."""
+        return super().forward(x).tanh()
 
 
 class LogProbs(nn.Module):
@@ -14,14 +48,20 @@ class LogProbs(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, with_entropy: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        vocab_size: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden[M,D], weight[V,D], labels[M] -> (log_probs[M], entropy[M] or None), in at least fp32."""
+        """hidden[M,D], weight[V,D], bias[V], labels[M] -> (log_probs[M], entropy[M] or None), in at least fp32."""
         # Rows in eights, strict or not: how many labels count differs from batch to batch, and a row must have the same
         # bits in the update as when it was inferred (law On-policy).
         count = len(hidden)
         hidden, labels = F.pad(hidden, (0, 0, 0, -count % 8)), F.pad(labels, (0, -count % 8))
         log_probs, entropy = linear_log_probs(
-            hidden, weight, labels, temperature=self.temperature, vocab_size=vocab_size, with_entropy=with_entropy
+            hidden, weight, labels, bias, self.temperature, vocab_size=vocab_size, with_entropy=with_entropy
         )
         return log_probs[:count], None if entropy is None else entropy[:count]

@@ -21,12 +21,12 @@ from framework.models.adapters import is_adapter, open_adapter
 from framework.models.config import ModelConfig
 from framework.models.families.family import Family
 from framework.models.families.tensors import Piece, joined
-from framework.models.init import fill, parameter_shapes
-from framework.models.transformer import Transformer
+from framework.models.init import fill, head_shapes, parameter_shapes
+from framework.models.transformer import HEAD_PARTS, Transformer
 
 Shapes = dict[str, tuple[int, ...]]
 _FILE = "model.safetensors"
-_HEAD, _SCORE = "lm_head.weight", "score.weight"
+_HEAD = "lm_head.weight"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # an absent one would be the published model's
 _SHARD_BYTES = 4 << 30
 
@@ -37,8 +37,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
     config, read, shapes = read_folder(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    if "head.weight" not in shapes:
-        model.head = None
+    if "class_head.weight" in shapes:
+        model.drop_head()
     return fill(model, read, dtype, device)
 
 
@@ -61,13 +61,7 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     files = _open_files(path, family)
     if config.tied:
         files.pop(_HEAD, None)  # some writers store the tied matrix twice
-    shapes = dict(parameter_shapes(config))
-    if _SCORE in files:
-        shapes.pop("head.weight", None)  # a classifier has no language head, tied or not
-        shapes["class_head.weight"] = (
-            files[_SCORE][0].get_slice(_SCORE).get_shape()[0],
-            config.hidden_size,
-        )
+    shapes = _shapes(config, family, files)
     pieces = family.pieces(shapes, config.num_heads)
     _check(path, pieces, files)
     if shapes.get("class_head.weight", (0,))[0] == 1:
@@ -83,13 +77,26 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     return config, read, shapes
 
 
+def _shapes(config: ModelConfig, family: Family, files: Mapping[str, tuple[Any, str]]) -> Shapes:
+    """What a folder should hold: a classifier no language head, tied or not; a pooler where there is one."""
+    shapes, score = dict(parameter_shapes(config)), f"{family.class_head}.weight"
+    if score in files:
+        file, stored = files[score]
+        classes = head_shapes(config, file.get_slice(stored).get_shape()[0])
+        return {name: shape for name, shape in shapes.items() if name.split(".")[0] not in HEAD_PARTS} | classes
+    more = {name: shape for name, shape in head_shapes(config, 1).items() if not name.startswith("class_head")}
+    places = family.pieces(shapes | more, config.num_heads)
+    return shapes | {name: shape for name, shape in more.items() if places[name].theirs in files}
+
+
 def _read_adapted(path: Path) -> tuple[ModelConfig, ReadBox, Shapes]:
     """The base that an adapter of PEFT's names, with the adapter merged in."""
     adapter = open_adapter(path)
     config, read, shapes = read_folder(adapter.base)
     family: Family = lookup("family", config.family)
-    if _SCORE in adapter.whole:
-        shapes |= {"class_head.weight": tuple(adapter.whole[_SCORE].shape)}
+    score = f"{family.class_head}.weight"
+    if score in adapter.whole:
+        shapes |= head_shapes(config, len(adapter.whole[score]))
     return config, adapter.over(read, family.pieces(shapes, config.num_heads), path), shapes
 
 
@@ -132,7 +139,7 @@ def save_weights(
 
 def pieces_of(config: ModelConfig, classes: int = 0) -> dict[str, Piece]:
     """Where each parameter lies in the tensors of the config's family, that of a class head with them."""
-    shapes = {**parameter_shapes(config), "class_head.weight": (classes, config.hidden_size)}
+    shapes = parameter_shapes(config) | head_shapes(config, classes)
     family: Family = lookup("family", config.family)
     return family.pieces(shapes, config.num_heads)
 

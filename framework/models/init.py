@@ -14,24 +14,20 @@ from torch import Tensor, nn
 from framework.core import random
 from framework.core.errors import UsageError, nearest
 from framework.core.records import Box, ReadBox, whole
-from framework.models.config import ModelConfig, NormPlace
+from framework.models.config import Architecture, ModelConfig, NormPlace
 from framework.models.transformer import Transformer
 
 _DRAWN_AT_ONCE = 1 << 18  # elements; the integers of the generator then stay in the cache
 
 
 def random_weights(config: ModelConfig, seed: int) -> ReadBox:
-    """A source of fp32 weights for every name of the Transformer, and for value_head.weight and class_head.weight."""
-    shapes = parameter_shapes(config)
+    """A source of fp32 weights for every name of the Transformer, and for those of heads for values and classes."""
+    shapes = {**parameter_shapes(config), **head_shapes(config, 1), "value_head.weight": (1, config.hidden_size)}
 
     def read(name: str, box: Box) -> Tensor:
-        if name.split(".")[0] in ("value_head", "class_head"):
-            columns = config.hidden_size
-        elif name in shapes:
-            columns = shapes[name][-1]
-        else:
+        if name not in shapes:
             raise UsageError(f"this model has no parameter '{name}': {nearest(name, shapes)}")
-        return draw(name, box, columns, _deviation(name, config), seed)
+        return draw(name, box, shapes[name][-1], _deviation(name, config), seed)
 
     return read
 
@@ -42,6 +38,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def head_shapes(config: ModelConfig, classes: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a head for `classes`, which an encoder's first state reaches through a pooler."""
+    size = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"class_head.weight": (classes, size)}
+    if config.architecture is Architecture.ENCODER:
+        shapes |= {"class_head.bias": (classes,), "pooler.weight": (size, size), "pooler.bias": (size,)}
+    return shapes
 
 
 def fill(

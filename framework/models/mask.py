@@ -1,7 +1,7 @@
 """Which tokens a token sees: the one place where attention masks are made.
 
-A query sees keys of its own document up to its own place, and through a window the last `window` of them. Left out:
-encoders and prefixes, which see ahead.
+A query sees keys of its own document: of a decoder those up to its own place, and through a window the last `window` of
+them; of a prefix also the document's first part; of an encoder all.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class View:
     """What the queries of one layer see. Example, rows of one document each: View(mask=None, causal=True)."""
 
     mask: Tensor | None  # [B|1,1,T,S] bool, True = sees; or numbers to add [B|1,N,T,S]; or what a plan's core wants
-    causal: bool  # with mask None: keys up to the query's own place
+    causal: bool  # with mask None: keys up to the query's own place; else all
 
 
 class DocumentMask(nn.Module):
@@ -32,8 +32,18 @@ class DocumentMask(nn.Module):
 
 def document_mask(document_ids: Tensor) -> Tensor:
     """See `DocumentMask`."""
-    same = document_ids.unsqueeze(2) == document_ids.unsqueeze(1)
-    return same.tril().unsqueeze(1)
+    return within(document_ids).tril()
+
+
+def within(document_ids: Tensor) -> Tensor:
+    """[B,1,T,T] bool from document_ids[B,T]: a token sees all of its own document, padding padding."""
+    return (document_ids.unsqueeze(2) == document_ids.unsqueeze(1)).unsqueeze(1)
+
+
+def with_prefix(mask: Tensor, in_prefix: Tensor, document_ids: Tensor | None) -> Tensor:
+    """`mask`[B|1,1,T,S], and the keys of in_prefix[B,S] in the query's own document (None: each row is one)."""
+    first = in_prefix[:, None, None]
+    return mask | (first if document_ids is None else first & within(document_ids))
 
 
 def cache_mask(positions: Tensor, keys: int) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from framework.core.records import Metrics, Rows, Scores, TokenBatch
-from framework.models.heads import LogProbs
+from framework.models.config import Architecture
+from framework.models.heads import LogProbs, Pooler
 from framework.models.layers import Linear
 from framework.models.sequence import WholeRows
 from framework.models.transformer import Transformer
@@ -30,10 +31,13 @@ class Scorer(nn.Module):
         self.ends = True  # it has the heads; False in a pipeline stage before the last
         self.log_probs = LogProbs(temperature)
         self.value_head = Linear(size, 1, False, strict) if value_head else None
-        self.class_head = Linear(size, num_classes, False, strict) if num_classes else None
+        self.encodes = model.config.architecture is Architecture.ENCODER
+        self.reads_prefixes = model.config.architecture is Architecture.PREFIX
+        self.pooler = Pooler(size, size, True, strict) if num_classes and self.encodes else None
+        self.class_head = Linear(size, num_classes, self.encodes, strict) if num_classes else None
         self.scores_labels = not (value_head or num_classes)
         if not self.scores_labels:
-            model.head = None
+            model.drop_head()
 
     def forward(
         self,
@@ -46,10 +50,13 @@ class Scorer(nn.Module):
         loss_mask is False: the vocabulary is only gone through where a label counts. With `token_loss`, its (loss,
         metrics) instead; from a stage that does not end the model, hidden[B,t,D]. `hidden`: the stage's before."""
         inputs = self.sequence.cut(rows.inputs())
+        alone = self.sequence.whole and one_document_a_row(rows) and not self.encodes
         hidden = self.model(
             inputs.tokens if hidden is None else hidden,
             positions=inputs.positions,
-            document_ids=None if self.sequence.whole and one_document_a_row(rows) else inputs.document_ids,
+            document_ids=None if alone else inputs.document_ids,
+            prefix_lengths=inputs.prefix_lengths if self.reads_prefixes else None,
+            token_types=inputs.token_types,
         )
         if not self.ends:
             return hidden
@@ -65,8 +72,9 @@ class Scorer(nn.Module):
         if self.value_head is not None:
             values = self.sequence.join(at_least_fp32(self.value_head(hidden)).squeeze(-1), length)
         if self.class_head is not None:
-            last = self.class_head(self.sequence.last(hidden, inputs.document_ids))
-            classes = self.sequence.total(at_least_fp32(last))
+            last = self.sequence.last(hidden, inputs.document_ids)
+            state = last if self.pooler is None else self.pooler(hidden[:, 0])
+            classes = self.sequence.total(at_least_fp32(self.class_head(state)))
         return Scores(log_probs=log_probs, entropy=entropy, values=values, classes=classes)
 
     def _label_scores(self, hidden: Tensor, inputs: TokenBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -74,9 +82,10 @@ class Scorer(nn.Module):
         zeros = torch.zeros(mask.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         if not self.scores_labels:
             return zeros, None
-        model = self.model
+        model, states = self.model, hidden[mask]
+        states = states if model.head_transform is None else model.head_transform(states)
         log_probs, entropy = self.log_probs(
-            hidden[mask], model.output_weight, inputs.labels[mask], model.config.vocab_size, with_entropy
+            states, model.output_weight, model.output_bias, inputs.labels[mask], model.config.vocab_size, with_entropy
         )
         place = mask.nonzero(as_tuple=True)
         spread = zeros.index_put(place, log_probs)

@@ -1,7 +1,7 @@
-"""A decoder-only transformer as a pure function of (config, weights, tokens). It knows no rank, no loss, no optimizer.
+"""A transformer as a pure function of (config, weights, tokens). It knows no rank, no loss, no optimizer.
 
 Embedding, head and final norm may be absent (set to None by a pipeline cut), and layers may be missing from the dict:
-what is left still runs, on hidden states instead of tokens. Mixtures of experts and low-rank adapters stand elsewhere.
+what is left still runs, on hidden states instead of tokens. Low-rank adapters stand elsewhere.
 """
 
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from framework.core.config import require
 from framework.core.errors import UsageError
 from framework.models.attention import Attention, Context
-from framework.models.config import ModelConfig, NormPlace, Position
+from framework.models.config import Architecture, ModelConfig, NormPlace, Position
+from framework.models.heads import HeadTransform, OutputBias
 from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
-from framework.models.mask import DocumentMask, View, cache_mask, near, triangle
+from framework.models.mask import DocumentMask, View, cache_mask, near, triangle, with_prefix, within
 from framework.models.positions import Alibi, rotary_tables
+
+HEAD_PARTS = ("head_transform", "head", "head_bias")
 
 
 class Layer(nn.Module):
@@ -60,15 +63,19 @@ class Transformer(nn.Module):
             _require_strict_sizes(config)
         self.config = config
         self.strict = strict
+        self._encodes = config.architecture is Architecture.ENCODER
         learned = config.position is Position.LEARNED
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.type_embedding = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
         self.mask = DocumentMask()
         self.alibi = Alibi(config.num_heads) if config.position is Position.ALIBI else None
         self.layers = nn.ModuleDict({str(i): Layer(config, i, strict) for i in range(config.num_layers)})
         self.norm = build_norm(config) if config.ends_with_norm else None
+        self.head_transform = HeadTransform(config, strict) if config.head_transform else None
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, False, strict)
+        self.head_bias = OutputBias(config.vocab_size) if config.head_transform else None
 
     def forward(
         self,
@@ -83,27 +90,39 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens[B,T] int64 (hidden[B,T,D] where the embedding was cut off) -> hidden[B,T,D], normalised.
 
-        positions[B|1,T] default to 0..T-1; packed rows restart them per document. document_ids[B,T]: attention is
-        causal within equal ids; None means that each row is one document, padded on the right if at all, which is
-        faster. With `cache`, rows are the view's slots, and positions say where in them the tokens stand.
+        positions[B|1,T] default to 0..T-1; packed rows restart them per document. document_ids[B,T]: attention stays
+        within equal ids, 0 is padding; None means that each row is one document, for a decoder padded on the right if
+        at all, which is faster. prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see.
+        token_types[B,T] default to 0. With `cache`, rows are the view's slots, and positions say where in them the
+        tokens stand.
         """
-        _refuse(token_types=token_types, prefix_lengths=prefix_lengths, encoder_tokens=encoder_tokens)
+        self._refuse_unread(
+            token_types=token_types, prefix_lengths=prefix_lengths, encoder_tokens=encoder_tokens, cache=cache
+        )
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = tokens if self.embedding is None else self.embedding(tokens)
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(positions)
+        if self.type_embedding is not None:
+            hidden = hidden + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         hidden = _normed(hidden, self.embedding_norm)
-        context = self._context(hidden, positions, document_ids, cache)
+        context = self._context(hidden, positions, document_ids, prefix_lengths, cache)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return _normed(hidden, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden[..., D] -> [..., V]. For users and generation; training goes through the Scorer, which keeps none."""
-        if self.head is not None:
+        hidden = _normed(hidden, self.head_transform)
+        if self.head is not None and self.head_bias is None:
             return self.head(hidden)
-        return (strict_linear if self.strict else F.linear)(hidden, self.output_weight, None)
+        return (strict_linear if self.strict else F.linear)(hidden, self.output_weight, self.output_bias)
+
+    def drop_head(self) -> None:
+        """Leave the language head out: a classifier has none."""
+        for part in HEAD_PARTS:
+            setattr(self, part, None)
 
     @property
     def output_weight(self) -> Tensor:
@@ -114,28 +133,53 @@ class Transformer(nn.Module):
             raise ValueError("this part of the model holds neither head nor embedding: no logits can be had from it")
         return self.embedding.weight
 
+    @property
+    def output_bias(self) -> Tensor | None:
+        """bias[V] of the logits, where they have one."""
+        return None if self.head_bias is None else self.head_bias.bias
+
     def _context(
-        self, hidden: Tensor, positions: Tensor, document_ids: Tensor | None, cache: CacheView | None
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        document_ids: Tensor | None,
+        prefix_lengths: Tensor | None,
+        cache: CacheView | None,
     ) -> Context:
         tables = None
         if self.config.position is Position.ROTARY:
             tables = rotary_tables(positions, self.config, hidden.dtype)
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
-        mask = None if document_ids is None else self.mask(document_ids)
+        # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
+        standing = places if document_ids is None else positions
+        mask = None if document_ids is None else (within if self._encodes else self.mask)(document_ids)
         if cache is not None:
             places = positions = positions.expand(hidden.shape[0], -1)
             keys = cache.cache.length if self.strict else cache.used
-            mask = cache_mask(positions, keys)
+            mask, standing = cache_mask(positions, keys), torch.arange(keys, device=positions.device).unsqueeze(0)
+        if prefix_lengths is not None:
+            first = standing < prefix_lengths.view(hidden.shape[0], -1)
+            mask = with_prefix(triangle(keys, places.device) if mask is None else mask, first, document_ids)
         whole = self._view(mask, places, keys, 0, hidden.dtype)
         window = self.config.window
         close = self._view(mask, places, keys, window, hidden.dtype) if window else whole
         return Context(positions, tables, whole, close, cache, keys)
 
+    def _refuse_unread(self, **inputs: object) -> None:
+        reads = {"token_types": self.config.token_types > 0, "cache": not self._encodes}
+        reads["prefix_lengths"] = self.config.architecture is Architecture.PREFIX
+        for name, value in inputs.items():
+            if value is not None and not reads.get(name, False):
+                raise UsageError(
+                    f"this model (architecture={self.config.architecture}, token_types={self.config.token_types}) "
+                    f"takes no {name}; leave it None, or use a family that reads it"
+                )
+
     def _view(self, mask: Tensor | None, places: Tensor, keys: int, window: int, dtype: torch.dtype) -> View:
         """What layers with that window see (0: without one) of what `mask` shows; None shows all up to the query."""
         narrow = 0 < window < keys
         if mask is None and not narrow and self.alibi is None:
-            return View(None, causal=True)
+            return View(None, causal=not self._encodes)
         if mask is None:
             mask = triangle(keys, places.device)
         if narrow:
@@ -155,9 +199,3 @@ def _require_strict_sizes(config: ModelConfig) -> None:
         require(
             size % 8 == 0, f"strict mode needs model.{name}={size} to be a multiple of 8; choose {-(-size // 8) * 8}"
         )
-
-
-def _refuse(**inputs: Tensor | None) -> None:
-    given = [name for name, value in inputs.items() if value is not None]
-    if given:
-        raise UsageError(f"a decoder-only model takes no {given[0]}; leave it None, or use a family that reads it")

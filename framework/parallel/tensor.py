@@ -110,23 +110,32 @@ class VocabularyLogProbs(nn.Module):
         self.first, self.length = span(vocab_size, ranks)
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, with_entropy: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        vocab_size: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden[M,D], weight[v,D] of this rank, labels[M] -> (log_probs[M], entropy[M] or None), in at least fp32."""
+        """hidden[M,D], weight[v,D] and bias[v] of this rank, labels[M] -> (log_probs[M], entropy[M] or None), in at
+        least fp32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden, weight = hidden.to(wide), weight.to(wide)
+        hidden, weight, bias = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
         chunk = max(8, _CHUNK_LOGITS // len(weight))
         parts = [
-            self._score(h, weight, t, with_entropy)
+            self._score(h, weight, bias, t, with_entropy)
             if len(hidden) <= chunk
-            else checkpoint(self._score, h, weight, t, with_entropy, use_reentrant=False)
+            else checkpoint(self._score, h, weight, bias, t, with_entropy, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), labels.split(chunk), strict=True)
         ]
         entropy = torch.cat([entropy for _, entropy in parts]) if with_entropy else None
         return torch.cat([log_probs for log_probs, _ in parts]), entropy
 
-    def _score(self, hidden: Tensor, weight: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight) / self.temperature
+    def _score(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight, bias) / self.temperature
         logits = logits - self.ranks.largest(logits.detach().amax(1, keepdim=True), "the logits")
         mine = labels - self.first
         outside = (mine < 0) | (mine >= self.length)

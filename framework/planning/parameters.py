@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from framework.models.config import Bias, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Architecture, Bias, ModelConfig, Norm, NormPlace, Position
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def kv_bytes(model: ModelConfig, number: int = 2) -> int:
-    """What each token leaves in the cache of keys and values, in numbers of so many bytes (2: bf16)."""
+    """What each token leaves in the cache of keys and values, in numbers of so many bytes (2: bf16); an encoder
+    leaves nothing."""
+    if model.architecture is Architecture.ENCODER:
+        return 0
     return 2 * model.num_layers * model.kv_heads * model.head_size * number
 
 
@@ -80,11 +83,26 @@ def root(model: ModelConfig, first: bool = True, last: bool = True, classes: int
     learned = (
         [Entry((model.max_positions, model.hidden_size), embeds=True)] if model.position is Position.LEARNED else []
     )
-    begin = [table, *learned, *(_norm(model) if model.embedding_norm else [])] if first else []
+    types = [Entry((model.token_types, model.hidden_size), embeds=True)] if model.token_types else []
+    begin = [table, *learned, *types, *(_norm(model) if model.embedding_norm else [])] if first else []
     norm = _norm(model) if model.ends_with_norm else []
     head = [] if classes or (model.tied and first) else [matrix]
-    heads = [Entry((classes, model.hidden_size))] if classes else []
-    return begin + (norm + head + heads if last else [])
+    transform = _transform(model) if model.head_transform and not classes else []
+    return begin + (norm + transform + head + _classes(model, classes) if last else [])
+
+
+def _transform(model: ModelConfig) -> list[Entry]:
+    """In front of the logits, and what is added to them."""
+    size = model.hidden_size
+    return [Entry((size, size)), Entry((size,)), *_norm(model), Entry((model.vocab_size,), 0)]
+
+
+def _classes(model: ModelConfig, classes: int) -> list[Entry]:
+    """A head for so many values or classes, an encoder's with its pooler."""
+    size = model.hidden_size
+    pooled = model.architecture is Architecture.ENCODER
+    pooler = [Entry((classes,)), Entry((size, size)), Entry((size,))] if pooled else []
+    return [Entry((classes, size)), *pooler] if classes else []
 
 
 def _columns(inputs: int, outputs: int, bias: bool) -> list[Entry]:

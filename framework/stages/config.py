@@ -10,7 +10,7 @@ from framework.checkpoint.config import CheckpointConfig
 from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
 from framework.core.config import require
 from framework.core.places import local
-from framework.data.config import BatchConfig, DataConfig
+from framework.data.config import BatchConfig, DataConfig, LanguageConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
 from framework.evaluation.config import EvaluationConfig
 from framework.generation.config import GenerationConfig, SamplingConfig
@@ -145,7 +145,9 @@ class TrainingRun(RunConfig):
 
 @dataclass(frozen=True)
 class PretrainRun(TrainingRun):
-    """Learn to predict the next token of plain text."""
+    """Learn to predict plain text: its next token, or what is hidden of it."""
+
+    language: LanguageConfig = field(default_factory=LanguageConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

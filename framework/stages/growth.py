@@ -15,7 +15,7 @@ from framework.core.records import ReadBox, Tokenizer, whole
 from framework.models.hub import read_folder, save_weights
 from framework.models.vocabulary import resized
 
-_ROWS = ("embedding.weight", "head.weight")  # one row a token
+_ROWS = ("embedding.weight", "head.weight", "head_bias.bias")  # one row a token
 SubPieces = Mapping[int, Sequence[int]]
 
 

@@ -151,6 +151,10 @@ def _biases(model: ModelConfig) -> str:
     return ", ".join([*attention, *(["feed-forward"] if model.mlp_bias else [])]) or "none"
 
 
+def _ends(model: ModelConfig) -> str:
+    return ("tied" if model.tied else "apart") + (", transform and bias" if model.head_transform else "")
+
+
 def _flops(model: ModelConfig, keys: int) -> str:
     return _with_vocabulary(model, forward_flops(model, keys), 2 * model.hidden_size)
 
@@ -161,6 +165,7 @@ def _number(value: int) -> str:
 
 _FACTS: dict[str, Callable[[ModelConfig], str]] = {
     "family": lambda model: model.family,
+    "architecture": lambda model: str(model.architecture),
     "parameters": _parameters,
     "vocabulary": lambda model: _number(model.vocab_size) if model.vocab_size else "V",
     "layers": lambda model: _number(model.num_layers),
@@ -173,9 +178,9 @@ _FACTS: dict[str, Callable[[ModelConfig], str]] = {
     "norm": _norm,
     "feed-forward": lambda model: f"{model.activation}, {_number(model.feed_forward_size)}",
     "biases": _biases,
-    "embedding and head": lambda model: "tied" if model.tied else "apart",
+    "embedding and head": _ends,
     "context": lambda model: _number(model.max_positions),
-    "KV bytes a token, bf16": lambda model: _number(kv_bytes(model)),
+    "KV bytes a token, bf16": lambda model: _number(kv_bytes(model)) if kv_bytes(model) else "-",
     "FLOPs a token, forward": lambda model: _flops(model, 0),
     "  with a full context": lambda model: _flops(model, model.max_positions),
 }

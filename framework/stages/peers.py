@@ -68,6 +68,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "critic_learning_rate": ("ppo.critic_lr",),
     "lr_scheduler_type": ("optim.schedule",),
     "lr_scheduler": ("optim.schedule",),
+    "mlm": ("language.objective",),
+    "mlm_probability": ("language.share",),
     "warmup_ratio": ("optim.warmup",),
     "lr_warmup_ratio": ("optim.warmup",),
     "lr_warmup_steps": ("optim.warmup",),

@@ -2,15 +2,19 @@
 
 from torch import Tensor
 
+from framework.core.config import require
 from framework.core.records import Counts, Metrics, Rows
+from framework.data.config import Objective
+from framework.data.denoising import Shape, shaped_by
 from framework.data.loader import RowSource
 from framework.data.pretrain import open_rows
+from framework.models.config import Architecture
 from framework.objectives.language import next_token_loss
 from framework.stages.baselines import bigram_nats
 from framework.stages.config import PretrainRun
 from framework.stages.job import Run, open_job
 from framework.stages.samples import run_tasks
-from framework.stages.training import Figures, fit, open_both, open_start
+from framework.stages.training import Figures, Start, fit, open_both, open_start
 
 
 def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
@@ -20,6 +24,12 @@ def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Co
 
 token_loss.pointwise = True  # type: ignore[attr-defined]
 
+_SUITS = {
+    Architecture.CAUSAL: Objective.CAUSAL,
+    Architecture.PREFIX: Objective.PREFIX,
+    Architecture.ENCODER: Objective.MASKED,
+}
+
 
 def run(config: PretrainRun) -> Run:
     """Train on data.train, validate on data.valid, export model/."""
@@ -27,9 +37,12 @@ def run(config: PretrainRun) -> Run:
         if job.finished:
             return job.result()
         start = open_start(config, job.runtime.world_size)
+        objective, shape = language_of(config, start)
         rows = open_both(job, config, open_rows, start.tokenizer)
-        figures = fit(job, config, start, rows, token_loss)
-        if rows.valid is not None:
+        figures = fit(job, config, start, rows, token_loss, shape=shape)
+        if rows.valid is not None and objective is not Objective.CAUSAL:
+            job.learned("held-out nats per predicted token", figures["valid/loss"], figures["valid/loss/before"])
+        elif rows.valid is not None:
             figures |= per_byte(figures, rows.valid)
             what = "held-out nats per byte"
             if config.evaluation.baselines:
@@ -39,6 +52,24 @@ def run(config: PretrainRun) -> Run:
             job.learned(what, figures["valid/nats_per_byte"], figures["valid/nats_per_byte/before"])
         figures |= run_tasks(job, config, str(config.folder / "model"))
         return job.finish(figures)
+
+
+def language_of(config: PretrainRun, start: Start) -> tuple[Objective, Shape]:
+    """The objective of the recipe, and what makes its rows; UsageError where the model or the tokenizer is not fit."""
+    suits = _SUITS[start.model.architecture]
+    objective = suits if config.language.objective is Objective.AUTO else config.language.objective
+    require(
+        objective is suits,
+        f"language.objective={objective} does not go with model.architecture={start.model.architecture}, which learns "
+        f"by {suits}; leave language.objective out, or choose another model.architecture",
+    )
+    mask_id = start.tokenizer.mask_id
+    require(
+        objective is not Objective.MASKED or mask_id is not None,
+        "language.objective=masked needs a tokenizer with a mask token: train one with "
+        "tokenizer.mask=true, or take one that has it (BERT's)",
+    )
+    return objective, shaped_by(config.language, objective, mask_id, start.tokenizer.vocab_size, config.seed)
 
 
 def per_byte(figures: Figures, valid: RowSource) -> Figures:

@@ -136,9 +136,10 @@ def fit(
     loss_fn: Loss,
     num_classes: int = 0,
     describe: Describe = lambda figures: {},
+    shape: Callable[[Any, Any], Any] | None = None,
 ) -> Figures:
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
-    goes into the model's config.json."""
+    goes into the model's config.json; `shape` is the loader's."""
     learning, everything = num_learning(config, start.model)
     if learning < everything:
         job.say(f"{learning:,} of {everything:,} parameters learn ({learning / everything:.1%})")
@@ -160,7 +161,7 @@ def fit(
         )
 
     def loader(source: RowSource) -> Loader:
-        return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size)
+        return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size, shape)
 
     batches = loader(rows.train)
     batches.require(total)

@@ -6,6 +6,7 @@ from framework.core.config import Choice, require
 
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"  # ends a document and every turn of a conversation
+MASK_TOKEN = "<|mask|>"
 REQUIRED_TOKENS = (END_TOKEN, "<|user|>", "<|assistant|>")  # the chat template writes them
 UNKNOWN_TOKEN = "[UNK]"  # of wordpiece alone; no special token, so that decoding shows what was lost
 NUM_BYTES = 256
@@ -35,11 +36,12 @@ class TokenizerConfig:
     special_tokens: list[str] = field(
         default_factory=lambda: [PAD_TOKEN, END_TOKEN, "<|user|>", "<|assistant|>", "<|system|>"]
     )
+    mask: bool = False  # a special token <|mask|> behind those, for language.objective=masked
     lowercase: bool = False  # wordpiece: lower case, without accents, as bert-base-uncased
     new_tokens: int = 1000  # extend: how many pieces are learned at most
 
     def __post_init__(self) -> None:
-        tokens = self.special_tokens
+        tokens = self.specials
         require(
             len(set(tokens)) == len(tokens) and "" not in tokens,
             f"tokenizer.special_tokens={tokens} names a token twice, or an empty one",
@@ -58,6 +60,11 @@ class TokenizerConfig:
             f"tokenizer.lowercase=true is for tokenizer.kind=wordpiece; {self.kind} keeps every text as it is",
         )
         require(self.new_tokens > 0, f"tokenizer.new_tokens={self.new_tokens} must be at least 1")
+
+    @property
+    def specials(self) -> list[str]:
+        """All special tokens, in the order of their ids."""
+        return [*self.special_tokens, MASK_TOKEN] if self.mask else self.special_tokens
 
 
 _BYTES = (f"{NUM_BYTES} bytes", NUM_BYTES)

@@ -34,6 +34,7 @@ class HubTokenizer:
         self._template = chat_template
         self.end_id = self._id_of("eos_token")
         self.bos_id = self._id_of("bos_token") if _wants_bos(backend, config) else None
+        self.mask_id = self._id_of("mask_token") if _content(config.get("mask_token")) else None
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -128,6 +129,8 @@ def read_backend(folder: str | Path) -> tokenizers.Tokenizer:
 def load(folder: str | Path) -> HubTokenizer:
     """The tokenizer of a Hugging Face folder, a model's or a tokenizer's own.
 
+    An encoder's folder (BERT) names neither end nor begin: its [SEP] ends a text and its [CLS] stands in front of one.
+
     The end token is the one that the chat template writes behind an answer where that is another than `eos_token`
     (base models with a chat template, e.g. Qwen2.5): a model must learn to stop where its conversations do.
     """
@@ -135,8 +138,9 @@ def load(folder: str | Path) -> HubTokenizer:
     backend = read_backend(folder)
     config = _read_json(path / "tokenizer_config.json")
     chat_template = _chat_template(path, config)
-    end = _content(config.get("eos_token")) or _generation_end(path, backend)
-    config = {k: v for k, v in config.items() if k != "chat_template"} | {"eos_token": end}
+    end = _content(config.get("eos_token")) or _generation_end(path, backend) or _content(config.get("sep_token"))
+    begin = {"bos_token": begin} if (begin := config.get("bos_token", config.get("cls_token"))) else {}
+    config = {k: v for k, v in config.items() if k != "chat_template"} | {"eos_token": end, **begin}
     loaded = HubTokenizer(backend, config, chat_template)
     end = _answer_end(loaded)
     return loaded if end is None else HubTokenizer(backend, config | {"eos_token": end}, chat_template)

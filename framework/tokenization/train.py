@@ -20,6 +20,7 @@ from framework.tokenization.config import (
     END_TOKEN,
     ESCAPE,
     ESCAPED,
+    MASK_TOKEN,
     NUM_BYTES,
     PAD_TOKEN,
     UNKNOWN_TOKEN,
@@ -57,10 +58,10 @@ def train(texts: Iterator[str], config: TokenizerConfig, progress: Callable[[int
     told = counted(texts, progress)
     trained = _KINDS[config.kind](told, config)
     # A document begins with the token that ends one, as GPT-2's do: only so is its first word predicted too.
-    begin = (END_TOKEN, config.special_tokens.index(END_TOKEN))
+    begin = (END_TOKEN, config.specials.index(END_TOKEN))
     trained.post_processor = processors.TemplateProcessing(single=f"{END_TOKEN} $A", special_tokens=[begin])
-    trained.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in config.special_tokens])
-    return HubTokenizer(trained, _hub_config(config), default_template(config.special_tokens))
+    trained.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in config.specials])
+    return HubTokenizer(trained, _hub_config(config), default_template(config.specials))
 
 
 def _character(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
@@ -68,9 +69,9 @@ def _character(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Toke
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    tokens = [*config.special_tokens, *_BYTE_TOKENS]
+    tokens = [*config.specials, *_BYTE_TOKENS]
     by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
-    tokens += [c for c in by_frequency if c not in config.special_tokens][: config.vocab_size - len(tokens)]
+    tokens += [c for c in by_frequency if c not in config.specials][: config.vocab_size - len(tokens)]
     vocab = {token: index for index, token in enumerate(tokens)}
     trained = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     trained.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -88,7 +89,7 @@ def _bpe(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=config.special_tokens,
+        special_tokens=config.specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
         show_progress=False,
@@ -112,13 +113,13 @@ def _unigram(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokeni
     )
     spelled = [decoders.Replace(SPACE, " "), decoders.Replace(ESCAPED[1], SPACE), decoders.Replace(ESCAPED[0], ESCAPE)]
     trained.decoder = decoders.Sequence([*spelled, decoders.ByteFallback(), decoders.Fuse()])
-    fixed = [*config.special_tokens, *_BYTE_TOKENS, *ESCAPED]
+    fixed = [*config.specials, *_BYTE_TOKENS, *ESCAPED]
     size = config.vocab_size - len(fixed)
     words = count_words(trained, texts)
     needed = [*BYTE_ALPHABET, SPACE]
     alphabet = {*needed, *frequent_characters(words, max(0, min(size // 2, size - len(needed))))}
     pieces = learn_pieces(words, size, alphabet)
-    scores = [*[0.0] * len(config.special_tokens), *[_BYTE_SCORE] * NUM_BYTES, *[0.0] * len(ESCAPED)]
+    scores = [*[0.0] * len(config.specials), *[_BYTE_SCORE] * NUM_BYTES, *[0.0] * len(ESCAPED)]
     vocab = [*zip(fixed, scores, strict=True), *((p, score) for p, score in pieces if p not in fixed)]
     trained.model = models.Unigram(vocab, unk_id=0, byte_fallback=True)
     return trained
@@ -133,7 +134,7 @@ def _wordpiece(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Toke
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     joined = decoders.Replace(Regex(_NO_SPACE_BEFORE), "")  # Chinese is written without spaces
     trained.decoder = decoders.Sequence([decoders.WordPiece(prefix=CONTINUED, cleanup=False), joined])
-    fixed = [*config.special_tokens, UNKNOWN_TOKEN]
+    fixed = [*config.specials, UNKNOWN_TOKEN]
     pieces = learn_word_pieces(count_words(trained, texts), config.vocab_size - len(fixed))
     vocab = {piece: index for index, piece in enumerate([*fixed, *(p for p in pieces if p not in fixed)])}
     trained.model = models.WordPiece(vocab, unk_token=UNKNOWN_TOKEN, continuing_subword_prefix=CONTINUED)
@@ -154,9 +155,10 @@ def _hub_config(config: TokenizerConfig) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_TOKEN,
         "eos_token": END_TOKEN,
-        "pad_token": PAD_TOKEN if PAD_TOKEN in config.special_tokens else END_TOKEN,
+        "pad_token": PAD_TOKEN if PAD_TOKEN in config.specials else END_TOKEN,
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
+        **({"mask_token": MASK_TOKEN} if config.mask else {}),
     }
 
 

@@ -4,14 +4,28 @@ Two models that have them all between them, in fp64, under layouts that cut head
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
+import torch
 
 from framework.core.errors import UsageError
+from framework.core.records import Rows, TokenBatch
 from framework.core.runtime import Runtime
+from framework.data.denoising import with_random_prefixes
 from framework.engine.config import EngineConfig, Precision
 from framework.engine.plan import check
-from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position, RopeScaling, Scaling
+from framework.models.config import (
+    Activation,
+    Architecture,
+    Bias,
+    ModelConfig,
+    Norm,
+    NormPlace,
+    Position,
+    RopeScaling,
+    Scaling,
+)
 from framework.parallel.config import ContextForm, ParallelConfig
 from tests.distributed import run_ranks
 from tests.engine.lattice import (
@@ -41,6 +55,16 @@ MODELS = {
         vocab_size=37, hidden_size=20, num_layers=3, num_heads=4, norm_place=NormPlace.DEEP, position=Position.LEARNED,
         max_positions=16, embedding_norm=True,
     ),
+    "bert's kind": ModelConfig(
+        Architecture.ENCODER, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, position=Position.LEARNED,
+        max_positions=16, norm=Norm.LAYER, norm_place=NormPlace.POST, embedding_norm=True, token_types=2,
+        activation=Activation.GELU, attention_bias=Bias.ALL, mlp_bias=True, head_transform=True,
+    ),
+    "bert's classes": ModelConfig(
+        Architecture.ENCODER, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, head_transform=True,
+        activation=Activation.GELU,
+    ),
+    "glm's kind of prefix": ModelConfig(Architecture.PREFIX, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4),
 }  # fmt: skip
 LAYOUTS = [
     Layout(2, ParallelConfig("tensor 2", tensor=2)),
@@ -50,19 +74,27 @@ LAYOUTS = [
 ]
 
 
-def course(runtime: Runtime, layout: Layout, model: ModelConfig) -> Course:
-    update = UPDATES[PRETRAINING]
+def course(runtime: Runtime, layout: Layout, name: str) -> Course:
+    model, update = MODELS[name], UPDATES["reward model" if "classes" in name else PRETRAINING]
+    if model.architecture is Architecture.PREFIX:
+        update = replace(update, rows=lambda step: half_seen(UPDATES[PRETRAINING].rows(step)))
     return train(engine_of(layout, runtime, update, Precision.FP64, model), update)[0]
 
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, Course]:
     """One process's answers."""
-    return {name: course(Runtime(), Layout(1, ParallelConfig()), model) for name, model in MODELS.items()}
+    return {name: course(Runtime(), Layout(1, ParallelConfig()), name) for name in MODELS}
+
+
+def half_seen(rows: Rows) -> Rows:
+    """The first half of each document is its prefix."""
+    assert isinstance(rows, TokenBatch)
+    return with_random_prefixes(rows, torch.full(rows.tokens.shape, 0.5))
 
 
 def visit(runtime: Runtime, layout: Layout, answers: Mapping[str, Course]) -> dict[str, Deviation]:
-    return {name: compare(course(runtime, layout, MODELS[name]), answer) for name, answer in answers.items()}
+    return {name: compare(course(runtime, layout, name), answer) for name, answer in answers.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name.replace(" ", "-"))
@@ -78,8 +110,13 @@ def test_every_axis_gives_one_process_s_answer(layout: Layout, one: dict[str, Co
 def test_what_context_ranks_cannot_attend_is_refused_by_name(form: ContextForm) -> None:
     parallel = ParallelConfig("cp", context=2, context_form=form)
     for model, line in zip(
-        list(MODELS.values())[:2],
-        (r"model\.position=alibi does not go with parallel\.context=2", r"model\.window does not go with parallel"),
+        [MODELS[name] for name in ("bloom's kind", "glm's and qwen's", "bert's kind", "glm's kind of prefix")],
+        (
+            r"model\.position=alibi does not go with parallel\.context=2",
+            r"model\.window does not go with parallel",
+            r"model\.architecture=encoder does not go with parallel",
+            r"model\.architecture=prefix does not go with parallel",
+        ),
         strict=True,
     ):
         with pytest.raises(UsageError, match=line):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.models.bloom import modeling_bloom
 
 from framework.models import hub
-from framework.models.families import gpt, llama
+from framework.models.families import bert, gpt, llama
 from framework.models.kv_cache import KVCache
 from framework.models.transformer import Transformer
 from tests.models.drawn import tokens
@@ -35,6 +35,10 @@ _LLAMA3 = {
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _GPT = {"vocab_size": 37, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 64, "pad_token_id": 0}
+_BERT = {
+    "vocab_size": 37, "hidden_size": 24, "intermediate_size": 42, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
 _GLM = {
     "eos_token_id": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5},
@@ -52,13 +56,13 @@ class Case:
         return getattr(transformers, f"{self.name}Config")(**self.settings)
 
     @property
-    def causal(self) -> Any:
-        gpts = ("GPT2", "OpenAIGPT")
-        return getattr(transformers, f"{self.name}LMHeadModel" if self.name in gpts else f"{self.name}ForCausalLM")
+    def language_model(self) -> Any:
+        kinds = {"GPT2": "LMHeadModel", "OpenAIGPT": "LMHeadModel", "Bert": "ForMaskedLM"}
+        return getattr(transformers, self.name + kinds.get(self.name, "ForCausalLM"))
 
     def drawn(self) -> Any:
         torch.manual_seed(0)
-        return drawn(self.causal(self.config()))
+        return drawn(self.language_model(self.config()))
 
 
 def drawn(model: Any) -> Any:
@@ -111,8 +115,11 @@ CASES = {
     "gpt2": Case("GPT2", _GPT | {"n_inner": 50}),
     "gpt2, relu, untied": Case("GPT2", _GPT | {"activation_function": "relu", "tie_word_embeddings": False}),
     "gpt1": Case("OpenAIGPT", _GPT),
+    "bert": Case("Bert", _BERT),
+    "bert, gelu by tanh": Case("Bert", _BERT | {"hidden_act": "gelu_new"}),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+DECODERS = {name: case for name, case in CASES.items() if case.name != "Bert"}
 
 
 def gap(ours: Tensor, theirs: Tensor, rms: float = 0.0) -> float:
@@ -179,7 +186,7 @@ def compare_gradients(ours: Transformer, theirs: Any, tolerance: float) -> None:
 
 
 def theirs_of(model: Transformer, weights: dict[str, Tensor]) -> Any:
-    family = next(f for f in (*llama.FAMILIES, *gpt.FAMILIES) if f.model_type == model.config.family)
+    family = next(f for f in (*llama.FAMILIES, *gpt.FAMILIES, bert.BERT) if f.model_type == model.config.family)
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     return hub.joined(weights.items(), family.pieces(shapes, model.config.num_heads).__getitem__)
 
@@ -198,9 +205,9 @@ def test_a_folder_comes_back_equal_in_names_types_and_bits(case: Case, tmp_path:
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor), name
-    back, info = case.causal.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, info = case.language_model.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
-    first, x = case.causal.from_pretrained(tmp_path / "theirs"), tokens(2, 9)
+    first, x = case.language_model.from_pretrained(tmp_path / "theirs"), tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(back.eval()(x).logits, first.eval()(x).logits)
 
@@ -218,7 +225,7 @@ def test_packed_documents_equal_theirs_alone(case: Case, tmp_path: Path) -> None
     assert gap(packed[:, :17], alone) <= 1e-5
 
 
-@cases
+@pytest.mark.parametrize("case", DECODERS.values(), ids=DECODERS.keys())
 def test_decoding_from_a_cache_equals_the_full_forward(case: Case, tmp_path: Path) -> None:
     """A prompt in two pieces, then token by token."""
     case.drawn().save_pretrained(tmp_path)

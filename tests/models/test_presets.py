@@ -21,6 +21,9 @@ COUNTS = {name: number for name, (_, _, number) in PUBLISHED.items() if name != 
     "glm-4-0414-9b": 9_400_279_040,
     "bloom-7b": 7_069_016_064,
     "smollm2-135m": 134_515_008,
+    "bert-base-uncased": 109_514_298,  # with the head for hidden tokens
+    "bert-large-uncased": 335_174_458,
+    "bert-base-chinese": 102_290_312,
 }
 
 
@@ -42,7 +45,9 @@ def test_a_preset_survives_its_family_s_config_json(name: str) -> None:
     assert family.config_from(family.config_to(model)).explicit() == model.explicit()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gpt", "OpenAIGPT"), ("gpt2", "GPT2"), ("llama-7b", "Llama")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gpt", "OpenAIGPT"), ("gpt2", "GPT2"), ("llama-7b", "Llama"), ("bert-base-uncased", "Bert")]
+)
 def test_a_preset_is_the_model_that_transformers_defaults_to(name: str, kind: str) -> None:
     theirs = getattr(transformers, f"{kind}Config")().to_dict()
     assert lookup("family", preset(name).family).config_from(theirs).explicit() == preset(name).explicit()

@@ -41,11 +41,12 @@ def test_spans_tile_and_differ_by_one_at_most(size: int, ranks: int) -> None:
     assert max(lengths) - min(lengths) <= 1
 
 
-def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(hidden, weight, labels, what the scores are weighted with)."""
+def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(hidden, weight, bias, labels, what the scores are weighted with)."""
     random = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, WIDTH, generator=random, dtype=torch.float64) for n in (LABELS, VOCAB))
-    return hidden, weight, torch.randint(VOCAB, (LABELS,), generator=random), torch.randn(2, LABELS, generator=random)
+    labels, weights = torch.randint(VOCAB, (LABELS,), generator=random), torch.randn(2, LABELS, generator=random)
+    return hidden, weight, torch.randn(VOCAB, generator=random, dtype=torch.float64), labels, weights
 
 
 def _log_probs(runtime: Runtime, temperature: float, chunk: int) -> dict[str, Tensor]:
@@ -53,17 +54,20 @@ def _log_probs(runtime: Runtime, temperature: float, chunk: int) -> dict[str, Te
 
     module._CHUNK_LOGITS = chunk
     ranks = build_mesh(ParallelConfig("tp", tensor=0), runtime).ranks("tensor")
-    hidden, weight, labels, weights = tensors()
+    hidden, weight, bias, labels, weights = tensors()
     first, length = span(VOCAB, ranks)
-    mine = weight[first : first + length].clone().requires_grad_()
+    mine, added = (x[first : first + length].clone().requires_grad_() for x in (weight, bias))
     hidden.requires_grad_()
-    log_probs, entropy = VocabularyLogProbs(temperature, VOCAB, ranks)(hidden, mine, labels, VOCAB, True)
+    score = VocabularyLogProbs(temperature, VOCAB, ranks)
+    log_probs, entropy = score(hidden, mine, added, labels, VOCAB, True)
     assert entropy is not None
     (log_probs * weights[0] + entropy * weights[1]).sum().backward()
     assert hidden.grad is not None
     assert mine.grad is not None
+    assert added.grad is not None
     whole = ranks.sum(hidden.grad, "the gradient, which is a sum over the vocabulary")
-    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), "hidden": whole, "weight": mine.grad}
+    scores = {"log_probs": log_probs.detach(), "entropy": entropy.detach()}
+    return scores | {"hidden": whole, "weight": mine.grad, "bias": added.grad}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -72,10 +76,10 @@ def _log_probs(runtime: Runtime, temperature: float, chunk: int) -> dict[str, Te
 def test_log_probs_entropy_and_gradients_are_those_of_the_whole_vocabulary(
     ranks: int, temperature: float, chunk: int
 ) -> None:
-    hidden, weight, labels, weights = tensors()
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight, bias, labels, weights = tensors()
+    hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
     log_probs, entropy = reference.linear_log_probs(
-        hidden, weight, labels, temperature=temperature, vocab_size=VOCAB, with_entropy=True
+        hidden, weight, labels, bias, temperature=temperature, vocab_size=VOCAB, with_entropy=True
     )
     assert entropy is not None
     (log_probs * weights[0] + entropy * weights[1]).sum().backward()
@@ -83,7 +87,8 @@ def test_log_probs_entropy_and_gradients_are_those_of_the_whole_vocabulary(
     for rank in found:
         for name, whole in (("log_probs", log_probs), ("entropy", entropy), ("hidden", hidden.grad)):
             torch.testing.assert_close(rank[name], whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.cat([rank["weight"] for rank in found]), weight.grad, rtol=1e-12, atol=1e-12)
+    for name, whole in (("weight", weight.grad), ("bias", bias.grad)):
+        torch.testing.assert_close(torch.cat([rank[name] for rank in found]), whole, rtol=1e-12, atol=1e-12)
 
 
 class Block(nn.Module):

@@ -1,12 +1,14 @@
 """What a family is: its names in transformers, the table of its tensors and the settings of its config.json."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from framework.models.config import ModelConfig
 from framework.models.families.settings import Setting, read_all, write_all
 from framework.models.families.tensors import Entry, Piece, Shape, pieces
+
+HEADS = (Entry("lm_head", ("head",)), Entry("score", ("class_head",)))
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,25 @@ class Family:
     table: Sequence[Entry]
     settings: Sequence[Setting]
     causal: str = "{}ForCausalLM"
-    derived: tuple[str, ...] = ()  # ends of names of tensors that are computed here
+    heads: Sequence[Entry] = HEADS
+    derived: tuple[str, ...] = ()  # ends of names of tensors that are computed here, or of no use
+    renamed: Mapping[str, str] = field(default_factory=dict)  # ends of names in older files -> today's
     covers: str = ""  # the published models that it holds
 
     def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
         """Where each of our parameters lies in their tensors."""
-        return pieces((*self.table, *HEADS), shapes, heads)
+        return pieces((*self.table, *self.heads), shapes, heads)
+
+    @property
+    def class_head(self) -> str:
+        """Their module that gives classes."""
+        return next(entry.theirs for entry in self.heads if entry.ours == ("class_head",))
 
     def canonical(self, name: str) -> str:
         """Their name as transformers writes it: the prefix is left out by some published files."""
-        is_head = any(name.startswith(f"{entry.theirs}.") for entry in HEADS)
+        for old, new in self.renamed.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        is_head = any(name.startswith(f"{entry.theirs}.") for entry in self.heads)
         return name if is_head or name.startswith(self.prefix) else self.prefix + name
 
     def is_derived(self, name: str) -> bool:
@@ -50,6 +61,3 @@ class Family:
             theirs |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}}
             theirs |= {"label2id": {f"LABEL_{i}": i for i in range(classes)}}
         return theirs
-
-
-HEADS = (Entry("lm_head", ("head",)), Entry("score", ("class_head",)))

@@ -1,0 +1,116 @@
+"""Models that see ahead, as a user trains them: an encoder by masked tokens, a prefix model through every stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from framework.main import main
+from framework.models import hub
+from tests.tiny import WORDS, framework
+
+_QUIET = ["device=cpu", "threads=1", "tracking.progress=false", "tracking.every=1"]
+_BERT = [
+    "model=bert-base-uncased", "model.vocab_size=0", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
+    "model.intermediate_size=64", "model.max_positions=64",
+]  # fmt: skip
+
+
+def figures(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / "summary.json").read_text())["figures"]
+    return found
+
+
+def pretrain(folder: Path, *words: str) -> list[str]:
+    """The words of a short run on the corpus of verse."""
+    return [
+        "pretrain", "data.train=[corpora/tang/valid.txt]", "data.valid=[corpora/tang/valid.txt]", "data.max_tokens=64",
+        f"tokenizer={folder}/runs/tokenizer/model", *_QUIET, *words,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of a tokenizer that has a mask token and of BERT, pretrained by it."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokens = ["data.train=[corpora/tang/train.txt]", "tokenizer.kind=character", "tokenizer.vocab_size=2816"]
+    framework("tokenizer", *tokens, "tokenizer.mask=true", "tracking.progress=false", cwd=folder)
+    short = ["train.steps=30", "batch.size=8", "optim.lr=0.01", "train.validate_every=30"]
+    framework(*pretrain(folder, *_BERT, *short), cwd=folder)
+    return folder
+
+
+def test_an_encoder_learns_hidden_tokens_and_opens_in_transformers(encoder: Path) -> None:
+    folder = encoder / "runs/pretrain"
+    assert figures(folder)["valid/loss"] < figures(folder)["valid/loss/before"] - 0.3
+    assert "valid/nats_per_byte" not in figures(folder)  # hidden tokens are no measure of a text
+    theirs: Any
+    theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.mask_token == "<|mask|>"
+    x = tokenizer("春風<|mask|>又綠", return_tensors="pt", return_token_type_ids=False).input_ids
+    assert (x == tokenizer.mask_token_id).sum() == 1
+    ours = hub.load(folder / "model")
+    torch.testing.assert_close(ours.logits(ours(x)), theirs(x).logits, rtol=0, atol=1e-4)
+
+
+def test_an_encoder_becomes_a_reward_model(encoder: Path) -> None:
+    words = [
+        "data.train=[corpora/tang/preference.train.jsonl]", "data.max_tokens=64", "batch.size=4", "train.steps=2",
+        "train.last_layers=1",
+    ]  # fmt: skip
+    framework("reward_model", f"init_from={encoder}/runs/pretrain/model", *words, *_QUIET, cwd=encoder)
+    folder = encoder / "runs/reward_model/model"
+    _, info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["pretrain", "language.objective=causal"], "language.objective=causal does not go with model.architecture="),
+        (["pretrain", "mlm_probability=0.15"], "language.share"),
+        (["sft", "data.train=[corpora/tang/sft.valid.jsonl]", "data.max_tokens=64"], "sft teaches a model to answer"),
+        (["ppo", "ppo.reward=verse_form", "data.train=[corpora/tang/prompts.test.jsonl]"], "writes no text"),
+        (["generate"], "writes no text"),
+    ],
+)
+def test_what_an_encoder_is_not_for_is_refused(
+    words: list[str], line: str, encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(encoder)
+    model = str(encoder / "runs/pretrain/model")
+    stage, *more = words
+    if stage == "generate":
+        command = ["generate", model, "春"]
+    elif stage == "pretrain":
+        command = [*pretrain(encoder, *_BERT, f"run.dir={encoder}/refused"), *more]
+    else:
+        command = [stage, f"init_from={model}", *more, *_QUIET[:3], f"run.dir={encoder}/refused"]
+    assert main(command) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = ["data.train=[corpora/tang/valid.txt]", "tokenizer.kind=character", "tokenizer.vocab_size=900"]
+    framework("tokenizer", *tokens, "tracking.progress=false", cwd=tmp_path)
+    assert main(pretrain(tmp_path, *_BERT)) == 2
+    assert "needs a tokenizer with a mask token" in capsys.readouterr().err
+
+
+def test_a_prefix_model_goes_through_every_stage(tmp_path: Path) -> None:
+    """Prompts are seen whole by trainer and generator alike: their log-probs agree to the last bit."""
+    words = ["pretrain.model.family=framework", "pretrain.model.architecture=prefix"]
+    framework("pipeline", *WORDS, *words, cwd=tmp_path)
+    runs = tmp_path / "runs/quickstart"
+    assert figures(runs / "sft")["valid/loss"] < figures(runs / "sft")["valid/loss/before"]
+    last = json.loads((runs / "ppo/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["ppo/generator_gap/max"] == last["sync/canary_gap"] == 0
