@@ -14,7 +14,7 @@ from torch import nn
 
 from framework.core.config import require
 from framework.engine.config import EngineConfig
-from framework.engine.flops import multiplied_weights
+from framework.engine.flops import layer_weights, multiplied_weights
 from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
 from framework.models.config import ModelConfig, Position
@@ -68,9 +68,8 @@ def stages_of(model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> list[
     size = mesh.size("pipeline")
     if size == 1:
         return [(0, range(model.num_layers))]
-    layers, head = multiplied_weights(model)
-    stages = size * parallel.stages_per_rank
-    spans = partition([layers / model.num_layers] * model.num_layers, (0.0, head), stages)
+    stages, head = size * parallel.stages_per_rank, multiplied_weights(model)[1]
+    spans = partition([layer_weights(model, layer) for layer in range(model.num_layers)], (0.0, head), stages)
     mine = range(mesh.place("pipeline"), stages, size)
     return [(stage, spans[stage]) for stage in mine]
 

@@ -50,6 +50,7 @@ class Scorer(nn.Module):
             inputs.tokens if hidden is None else hidden,
             positions=inputs.positions,
             document_ids=None if self.sequence.whole and one_document_a_row(rows) else inputs.document_ids,
+            real=inputs.document_ids > 0 if self.model.config.moe.balance else None,
         )
         if not self.ends:
             return hidden

@@ -1,8 +1,11 @@
 """A decoder-only transformer as a pure function of (config, weights, tokens). It knows no rank, no loss, no optimizer.
 
 Embedding, head and final norm may be absent (set to None by a pipeline cut), and layers may be missing from the dict:
-what is left still runs, on hidden states instead of tokens. Mixtures of experts and low-rank adapters stand elsewhere.
+what is left still runs, on hidden states instead of tokens. Mixtures of experts (`moe`) and adapters (`lora`) stand
+elsewhere.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from framework.models.config import ModelConfig, NormPlace, Position
 from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
 from framework.models.mask import DocumentMask, View, cache_mask, near, triangle
+from framework.models.moe import Balance, Mixture
 from framework.models.positions import Alibi, rotary_tables
 
 
@@ -28,7 +32,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, index, strict)
         self.attention_out_norm = build_norm(config) if sandwich else None
         self.mlp_norm = build_norm(config)
-        self.mlp = MLP(config, strict)
+        self.mlp = Mixture(config, strict) if config.moe.at(index) else MLP(config, strict)
         self.mlp_out_norm = build_norm(config) if sandwich else None
         self.norms_first = config.ends_with_norm
         self.residual_scale = config.residual_scale
@@ -37,9 +41,12 @@ class Layer(nn.Module):
         """x[B,T,D] -> [B,T,D]."""
         if self.norms_first:
             x = x + _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
-            return x + _normed(self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
+            return x + _normed(self._fed(self.mlp_norm(x), context), self.mlp_out_norm)
         x = self.attention_norm(self.residual_scale * x + self.attention(x, context))
-        return self.mlp_norm(self.residual_scale * x + self.mlp(x))
+        return self.mlp_norm(self.residual_scale * x + self._fed(x, context))
+
+    def _fed(self, x: Tensor, context: Context) -> Tensor:
+        return self.mlp(x, context.real) if isinstance(self.mlp, Mixture) else self.mlp(x)
 
 
 def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -80,12 +87,14 @@ class Transformer(nn.Module):
         prefix_lengths: Tensor | None = None,
         encoder_tokens: Tensor | None = None,
         cache: CacheView | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """tokens[B,T] int64 (hidden[B,T,D] where the embedding was cut off) -> hidden[B,T,D], normalised.
 
         positions[B|1,T] default to 0..T-1; packed rows restart them per document. document_ids[B,T]: attention is
         causal within equal ids; None means that each row is one document, padded on the right if at all, which is
-        faster. With `cache`, rows are the view's slots, and positions say where in them the tokens stand.
+        faster. With `cache`, rows are the view's slots, and positions say where in them the tokens stand. real[B,T]:
+        False at padding, for the balance of experts alone.
         """
         _refuse(token_types=token_types, prefix_lengths=prefix_lengths, encoder_tokens=encoder_tokens)
         if positions is None:
@@ -94,7 +103,7 @@ class Transformer(nn.Module):
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(positions)
         hidden = _normed(hidden, self.embedding_norm)
-        context = self._context(hidden, positions, document_ids, cache)
+        context = replace(self._context(hidden, positions, document_ids, cache), real=real)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return _normed(hidden, self.norm)
@@ -104,6 +113,12 @@ class Transformer(nn.Module):
         if self.head is not None:
             return self.head(hidden)
         return (strict_linear if self.strict else F.linear)(hidden, self.output_weight, None)
+
+    def balance_over(self, rows: float) -> None:
+        """Say how many sequences the optimizer step holds, over all ranks: by that the experts' balance is divided."""
+        for part in self.modules():
+            if isinstance(part, Balance):
+                part.rows = rows
 
     @property
     def output_weight(self) -> Tensor:
@@ -150,6 +165,8 @@ def _require_strict_sizes(config: ModelConfig) -> None:
         "hidden_size": config.hidden_size,
         "head_dim": config.head_size,
         "intermediate_size": config.feed_forward_size,
+        "moe.intermediate_size": config.expert_size,
+        "moe.shared": config.moe.shared,
     }
     for name, size in sizes.items():
         require(

@@ -6,7 +6,7 @@ from typing import Any
 
 from framework.models.config import ModelConfig
 from framework.models.families.settings import Setting, read_all, write_all
-from framework.models.families.tensors import Entry, Piece, Shape, pieces
+from framework.models.families.tensors import Entry, Place, Shape, pieces
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Family:
     derived: tuple[str, ...] = ()  # ends of names of tensors that are computed here
     covers: str = ""  # the published models that it holds
 
-    def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
+    def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Place]:
         """Where each of our parameters lies in their tensors."""
         return pieces((*self.table, *HEADS), shapes, heads)
 
