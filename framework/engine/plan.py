@@ -19,6 +19,7 @@ from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
 from framework.models.config import ModelConfig, Position
 from framework.models.layers import Linear
+from framework.models.moe import Apart
 from framework.models.positions import Alibi
 from framework.models.scorer import Scorer
 from framework.parallel import tensor
@@ -49,6 +50,7 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
             f"model.{axis} does not go with parallel.context={sizes['context']}: which knows causal attention within "
             "documents alone; choose parallel=tp, fsdp or pp",
         )
+    _check_experts(model, parallel, engine, sizes["context"])
     stages = sizes["pipeline"] * parallel.stages_per_rank
     require(
         sizes["pipeline"] == 1 or stages <= model.num_layers,
@@ -60,6 +62,20 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         not (engine.strict and parallel.cuts_the_model and world_size > 1),
         f"engine.strict=true needs whole rows and matrices, parallel={parallel.name} cuts them; choose parallel=fsdp "
         "or ddp, or rollout.strict=false",
+    )
+
+
+def _check_experts(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, context: int) -> None:
+    moe = model.moe
+    require(
+        moe.experts == 0 or moe.balance == 0 or context == 1,
+        f"model.moe.balance={moe.balance} does not go with parallel.context={context}: the balance of a row needs all "
+        "of its places; choose parallel=tp, fsdp or pp, or model.moe.balance=0",
+    )
+    require(
+        moe.experts == 0 or not engine.compile,
+        f"engine.compile=true does not go with model.moe.experts={moe.experts}: how many tokens an expert has changes "
+        "with every step, and the graphs with it; choose engine.compile=false",
     )
 
 
@@ -126,8 +142,9 @@ def _dropped(scorer: Scorer, layers: range, first: bool, last: bool) -> list[str
 
 def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str, tensor.Style]:
     styles: dict[str, tensor.Style] = {}
-    for layer in (f"model.layers.{i}" for i in layers):
-        styles |= {f"{layer}.{name}": style for name, style in _LAYER.items()}
+    for number in layers:
+        named = _LAYER | (_MIXTURE if scorer.model.config.moe.at(number) else {})
+        styles |= {f"model.layers.{number}.{name}": style for name, style in named.items()}
     if first:
         styles |= {"model.embedding": tensor.vocabulary, "model.position_embedding": tensor.own_places}
         styles |= {"model.embedding_norm": tensor.places}
@@ -156,6 +173,19 @@ _LAYER: dict[str, tensor.Style] = {
 }
 
 
+_MIXTURE: dict[str, tensor.Style] = {  # all of it makes one summand
+    "mlp": tensor.all_places_to_own,
+    "mlp.router": tensor.places,
+    "mlp.experts.gate": tensor.stacked_columns,
+    "mlp.experts.up": tensor.stacked_columns,
+    "mlp.experts.down": tensor.stacked_rows,
+    "mlp.shared_gate": tensor.places,
+    "mlp.shared.gate": tensor.columns,
+    "mlp.shared.up": tensor.columns,
+    "mlp.shared.down": tensor.summand_rows,
+}
+
+
 def _exchanged(
     scorer: Scorer, layers: range, last: bool, parallel: ParallelConfig, mesh: Mesh
 ) -> dict[str, Callable[[], nn.Module]]:
@@ -168,6 +198,9 @@ def _exchanged(
     if tensors.size > 1 and scorer.model.alibi is not None:
         heads = scorer.model.config.num_heads
         parts["model.alibi"] = partial(Alibi, heads, *tensor.span(heads, tensors))
+    if tensors.rank > 0:  # all of them route alike, and their gradients add up
+        mixtures = [i for i in layers if scorer.model.config.moe.at(i)]
+        parts |= {f"model.layers.{i}.mlp.balance": Apart for i in mixtures}
     if tensors.size * contexts.size == 1:
         return parts
     cutter = Cut(contexts)

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from framework.core.errors import UsageError
 from framework.models.config import Activation, LoraConfig, ModelConfig, MoeConfig
 from framework.models.families.llama import FAMILIES
 from framework.models.lora import targets
-from framework.models.moe import Mixture
+from framework.models.moe import Mixture, balance_gradient
 from framework.models.transformer import Transformer
 from tests.models.drawn import TINY, drawn, tokens
 
@@ -126,3 +128,54 @@ def test_an_adapter_takes_attention_alone() -> None:
     assert leaves == {"q", "k", "v", "o"}
     with pytest.raises(UsageError, match=r"lora\.targets: 'down' is not adapted in a model with experts"):
         targets(MOE, LoraConfig(rank=2, targets=["q", "down"]))
+
+
+def test_balance_by_hand() -> None:
+    """Two experts, one a token. Row 0: experts 0, 0, 1 and padding; T = 3, f = 2/3 x (2, 1), and each probability
+    counts f / T. Row 1: all padding."""
+    chosen = torch.tensor([[[0], [0], [1], [1]], [[0], [1], [0], [0]]])
+    real = torch.tensor([[True, True, True, False], [False] * 4])
+    pull = balance_gradient(torch.full((2, 4, 2), 0.5, dtype=torch.float64), chosen, real)
+    expected = torch.zeros(2, 4, 2, dtype=torch.float64)
+    expected[0, :3] = torch.tensor([4 / 9, 2 / 9], dtype=torch.float64)
+    torch.testing.assert_close(pull, expected, rtol=0, atol=1e-15)
+    assert float((pull * 0.5).sum()) == pytest.approx(1)  # even probabilities: 1 a row
+
+
+def routed(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits[rows, 9, 6], experts chosen by the three heaviest, real places)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, 9, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    real = torch.arange(9) < torch.randint(4, 9, (rows, 1), generator=generator)
+    return logits, logits.softmax(-1).topk(3, -1).indices, real
+
+
+def ours(logits: Tensor, chosen: Tensor, real: Tensor) -> Tensor:
+    """The sum over rows of sum_e f_e P_e."""
+    probabilities = logits.softmax(-1)
+    return (probabilities * balance_gradient(probabilities.detach(), chosen, real)).sum()
+
+
+def theirs(logits: Tensor, real: Tensor) -> Tensor:
+    """transformers' f counts k choices a token and is not divided by k."""
+    loss = load_balancing_loss_func((logits.flatten(0, 1),), 6, 3, real.long())
+    assert isinstance(loss, Tensor)
+    return loss / 3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_balance_of_one_row_is_transformers_own(padded: bool) -> None:
+    logits, chosen, real = routed(1)
+    real = real if padded else torch.ones_like(real)
+    a, b = ours(logits, chosen, real), theirs(logits, real)
+    torch.testing.assert_close(a, b.double(), rtol=0, atol=1e-6)  # theirs adds up in fp32
+    for x, y in zip(torch.autograd.grad(a, logits), torch.autograd.grad(b, logits), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+
+
+def test_balance_of_a_batch_is_the_sum_over_its_rows_and_switch_s_is_not() -> None:
+    logits, chosen, real = routed(4)
+    alone = sum(ours(logits[i : i + 1], chosen[i : i + 1], real[i : i + 1]) for i in range(4))
+    torch.testing.assert_close(ours(logits, chosen, real), alone, rtol=0, atol=1e-12)
+    each = sum(float(theirs(logits[i : i + 1], real[i : i + 1])) for i in range(4)) / 4
+    assert abs(float(theirs(logits, real)) - each) > 0.01
