@@ -122,7 +122,8 @@ class DeepSpeedEngine:
         self.step_count = self._updates = self._skipped_in_a_row = 0
         self._zero, self._adamw, self._work, self._frozen = zero, adamw, Work(), frozen
         carrier = Straight(leaves.whole_again(zero), backward=self._backward)
-        self._passes = Passes(carrier, ranks, micro_size, device)
+        balance = self._balance_over if self.scorer.model.config.moe.balance else None
+        self._passes = Passes(carrier, ranks, micro_size, device, balance)
         parameters = {logical_name(name): p for name, p in self.scorer.named_parameters()}
         is_zero3 = zero.zero_optimization_partition_weights()
         shares, trains = zero.optimizer, adamw is not None
@@ -148,6 +149,10 @@ class DeepSpeedEngine:
         """See `protocol.Engine`."""
         self._zero.eval()
         return self._passes.infer(rows)
+
+    def _balance_over(self, rows: float) -> None:
+        """The balance of experts pulls during backward, where DeepSpeed will average it like the loss."""
+        self.scorer.model.balance_over(rows / self.data_size)
 
     def _backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over data ranks; our loss is a sum over a global count, so gradients add up."""

@@ -1,7 +1,8 @@
 """How much arithmetic a step is worth, in the field's two conventions, and the share of the hardware's peak it reaches.
 
     parameters   6 N a token (Kaplan et al. 2020; Chowdhery et al. 2022 without attention): N counts every weight that
-                 multiplies, the output head with them. Simple, and what most published MFU figures mean.
+                 multiplies a token, the output head and the chosen experts with them. Simple, and what most published
+                 MFU figures mean.
     exact        the head only where a label counts, and attention over the keys that a causal query really sees:
                  12 N H a key of each layer (scores and mixture, forward and twice backward)
 A multiply-add counts as 2, backward as twice forward; norms, softmax and recomputation count as nothing; padding is no
@@ -37,11 +38,27 @@ class Work:
 
 def multiplied_weights(config: ModelConfig) -> tuple[int, int]:
     """Weights that multiply every token: (of all layers, of the output head)."""
-    hidden = config.hidden_size
-    attention = hidden * config.head_size * 2 * (config.num_heads + config.kv_heads)
-    feed_forward = hidden * config.feed_forward_size * (3 if config.activation.is_gated else 2)
-    transform = hidden * hidden if config.head_transform else 0
-    return config.num_layers * (attention + feed_forward), hidden * config.vocab_size + transform
+    layers = sum(layer_weights(config, layer) for layer in range(config.num_layers))
+    transform = config.hidden_size if config.head_transform else 0
+    return layers, config.hidden_size * (config.vocab_size + transform)
+
+
+def layer_weights(config: ModelConfig, layer: int) -> int:
+    """Weights of a layer that multiply every token: of its experts, as many as a token takes."""
+    return config.hidden_size * sum(_matrices(config, layer).values())
+
+
+def _matrices(config: ModelConfig, layer: int) -> dict[str, int]:
+    """Name of each matrix -> weights that multiply a token / hidden_size."""
+    size, moe = config.head_size, config.moe
+    matrices = {"attention.q": config.num_heads * size, "attention.o": config.num_heads * size}
+    matrices |= dict.fromkeys(("attention.k", "attention.v"), config.kv_heads * size)
+    leaves = ("gate", "up", "down") if config.activation.is_gated else ("up", "down")
+    if not moe.at(layer):
+        return matrices | {f"mlp.{leaf}": config.feed_forward_size for leaf in leaves}
+    matrices |= {"mlp.router": moe.experts, "mlp.shared_gate": int(moe.shared_gate)}
+    matrices |= {f"mlp.experts.{leaf}": moe.top_k * config.expert_size for leaf in leaves}
+    return matrices | {f"mlp.shared.{leaf}": moe.shared for leaf in leaves}
 
 
 def forward_flops(config: ModelConfig, keys: int = 0) -> int:
@@ -92,15 +109,11 @@ def _seen(config: ModelConfig, inputs: TokenBatch, window: int) -> Tensor:
 def _multiplied(config: ModelConfig, layer: int, frozen: frozenset[str]) -> tuple[int, int]:
     """(weights x passes, passes of attention's scores) of a layer: once forward, once for the gradient of what it took
     in, once for its own. Nothing goes back into a layer if nothing up to there learns."""
-    hidden, size = config.hidden_size, config.head_size
-    matrices = {"attention.q": config.num_heads * size, "attention.o": config.num_heads * size}
-    matrices |= dict.fromkeys(("attention.k", "attention.v"), config.kv_heads * size)
-    ups = ("mlp.gate", "mlp.up") if config.activation.is_gated else ("mlp.up",)
-    matrices |= dict.fromkeys((*ups, "mlp.down"), config.feed_forward_size)
+    matrices = _matrices(config, layer)
     own = sum(rows for name, rows in matrices.items() if f"layers.{layer}.{name}.weight" not in frozen)
     reached = layer >= _first_learning(config, frozen)
     passes = 1 + reached
-    return hidden * (passes * sum(matrices.values()) + own), 3 if reached else 1
+    return config.hidden_size * (passes * sum(matrices.values()) + own), 3 if reached else 1
 
 
 @functools.lru_cache(maxsize=64)

@@ -68,9 +68,18 @@ class Straight:
 
 
 class Passes:
-    """Forward and backward of an engine, over `ranks`, its data ranks. `loss` adds up what backward went through."""
+    """Forward and backward of an engine, over `ranks`, its data ranks. `loss` adds up what backward went through.
+    `balance`, if anything, is told before backward how many sequences the step holds, over all ranks."""
 
-    def __init__(self, carrier: Carrier, ranks: Ranks, micro_size: int, device: torch.device):
+    def __init__(
+        self,
+        carrier: Carrier,
+        ranks: Ranks,
+        micro_size: int,
+        device: torch.device,
+        balance: Callable[[float], None] | None = None,
+    ):
+        self._balance = balance
         self._carrier, self._ranks, self._micro_size, self._device = carrier, ranks, micro_size, device
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -79,6 +88,8 @@ class Passes:
         kept = without_empty(rows)
         with deadline(phase):
             number, everywhere = self._agree(kept, counts)
+            if backward and self._balance is not None:
+                self._balance(float(everywhere.sequences + everywhere.pairs))  # a pair is one, and two
             micros = list(cut(kept.to(self._device), self._micro_size, number))
             total, metrics = self._carrier.losses(micros, partial(loss_of, loss_fn, everywhere), backward)
             if backward:

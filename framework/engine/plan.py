@@ -14,11 +14,12 @@ from torch import nn
 
 from framework.core.config import require
 from framework.engine.config import EngineConfig
-from framework.engine.flops import multiplied_weights
+from framework.engine.flops import layer_weights, multiplied_weights
 from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
 from framework.models.config import Architecture, ModelConfig, Position
 from framework.models.layers import Linear
+from framework.models.moe import Apart
 from framework.models.positions import Alibi
 from framework.models.scorer import Scorer
 from framework.models.transformer import HEAD_PARTS
@@ -53,6 +54,7 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
             f"model.{axis} does not go with parallel.context={sizes['context']}: which knows causal attention within "
             "documents alone; choose parallel=tp, fsdp or pp",
         )
+    _check_experts(model, parallel, engine, sizes["context"])
     stages = sizes["pipeline"] * parallel.stages_per_rank
     require(
         sizes["pipeline"] == 1 or stages <= model.num_layers,
@@ -67,14 +69,27 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
     )
 
 
+def _check_experts(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, context: int) -> None:
+    moe = model.moe
+    require(
+        moe.experts == 0 or moe.balance == 0 or context == 1,
+        f"model.moe.balance={moe.balance} does not go with parallel.context={context}: the balance of a row needs all "
+        "of its places; choose parallel=tp, fsdp or pp, or model.moe.balance=0",
+    )
+    require(
+        moe.experts == 0 or not engine.compile,
+        f"engine.compile=true does not go with model.moe.experts={moe.experts}: how many tokens an expert has changes "
+        "with every step, and the graphs with it; choose engine.compile=false",
+    )
+
+
 def stages_of(model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> list[tuple[int, range]]:
     """(stage, its layers) of each stage that this rank holds. Stages cost what their weights multiply."""
     size = mesh.size("pipeline")
     if size == 1:
         return [(0, range(model.num_layers))]
-    layers, head = multiplied_weights(model)
-    stages = size * parallel.stages_per_rank
-    spans = partition([layers / model.num_layers] * model.num_layers, (0.0, head), stages)
+    stages, head = size * parallel.stages_per_rank, multiplied_weights(model)[1]
+    spans = partition([layer_weights(model, layer) for layer in range(model.num_layers)], (0.0, head), stages)
     mine = range(mesh.place("pipeline"), stages, size)
     return [(stage, spans[stage]) for stage in mine]
 
@@ -132,8 +147,9 @@ def _dropped(scorer: Scorer, layers: range, first: bool, last: bool) -> list[str
 
 def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str, tensor.Style]:
     styles: dict[str, tensor.Style] = {}
-    for layer in (f"model.layers.{i}" for i in layers):
-        styles |= {f"{layer}.{name}": style for name, style in _LAYER.items()}
+    for number in layers:
+        named = _LAYER | (_MIXTURE if scorer.model.config.moe.at(number) else {})
+        styles |= {f"model.layers.{number}.{name}": style for name, style in named.items()}
     if first:
         styles |= {f"model.{name}": style for name, style in _BEGIN.items()}
     if last:
@@ -168,6 +184,19 @@ _LAYER: dict[str, tensor.Style] = {
 }
 
 
+_MIXTURE: dict[str, tensor.Style] = {  # all of it makes one summand
+    "mlp": tensor.all_places_to_own,
+    "mlp.router": tensor.places,
+    "mlp.experts.gate": tensor.stacked_columns,
+    "mlp.experts.up": tensor.stacked_columns,
+    "mlp.experts.down": tensor.stacked_rows,
+    "mlp.shared_gate": tensor.places,
+    "mlp.shared.gate": tensor.columns,
+    "mlp.shared.up": tensor.columns,
+    "mlp.shared.down": tensor.summand_rows,
+}
+
+
 def _exchanged(
     scorer: Scorer, layers: range, last: bool, parallel: ParallelConfig, mesh: Mesh
 ) -> dict[str, Callable[[], nn.Module]]:
@@ -180,6 +209,9 @@ def _exchanged(
     if tensors.size > 1 and scorer.model.alibi is not None:
         heads = scorer.model.config.num_heads
         parts["model.alibi"] = partial(Alibi, heads, *tensor.span(heads, tensors))
+    if tensors.rank > 0:  # all of them route alike, and their gradients add up
+        mixtures = [i for i in layers if scorer.model.config.moe.at(i)]
+        parts |= {f"model.layers.{i}.mlp.balance": Apart for i in mixtures}
     if tensors.size * contexts.size == 1:
         return parts
     cutter = Cut(contexts)

@@ -108,7 +108,8 @@ class TorchEngine:
         self.step_count, self.total_steps = 0, total_steps
         self._skipped_in_a_row = 0
         self._work, self._frozen = Work(), frozen
-        self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device)
+        balance = self._balance_over if self.scorers[0].model.config.moe.balance else None
+        self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device, balance)
         self.holdings = Holdings(stages, shapes, mesh)
         self.optimizer = None
         if optim is not None:
@@ -152,6 +153,10 @@ class TorchEngine:
         scores = self._passes.infer(rows)
         self._reshard()
         return scores
+
+    def _balance_over(self, rows: float) -> None:
+        for scorer in self.scorers:
+            scorer.model.balance_over(rows)
 
     def _train(self, mode: bool) -> None:
         for scorer in self.scorers:

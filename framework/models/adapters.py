@@ -1,7 +1,8 @@
 """Adapters as PEFT writes them: a folder of adapter_config.json and adapter_model.safetensors, beside a base elsewhere.
 
 What PEFT calls base_model.model.X.lora_A.weight is our A of the matrix that the family's table places at X. Left out:
-matrices that a family joins with others (GPT-2's c_attn, GLM's gate_up_proj), whose adapters have another rank there.
+matrices that a family joins with others (GPT-2's c_attn, GLM's gate_up_proj), whose adapters have another rank there;
+experts.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 from framework.core.errors import CheckpointError, UsageError
 from framework.core.records import Box, ReadBox
 from framework.models.config import LoraConfig
-from framework.models.families.tensors import Piece
+from framework.models.families.tensors import Piece, Place, Stack, parts_of
 from framework.models.lora import plus
 
 _CONFIG, _FILE, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -35,10 +36,11 @@ class Adapter:
     low_rank: Mapping[str, tuple[Tensor, Tensor]]
     whole: Mapping[str, Tensor]
 
-    def over(self, read: ReadBox, pieces: Mapping[str, Piece], folder: Path) -> ReadBox:
+    def over(self, read: ReadBox, pieces: Mapping[str, Place], folder: Path) -> ReadBox:
         """`read` of the base with the adapter merged in, box by box. CheckpointError where it is for another base."""
-        theirs = {name: piece.theirs for name, piece in pieces.items()}
+        theirs = {name: place.theirs for name, place in pieces.items() if isinstance(place, Piece)}
         here = {name: self.low_rank[their[: -len(".weight")]] for name, their in theirs.items() if self._adapts(their)}
+        self._refuse_experts(pieces, folder)
         self._check(here, pieces, folder)
 
         def merged(name: str, box: Box) -> Tensor:
@@ -56,19 +58,25 @@ class Adapter:
     def _adapts(self, their: str) -> bool:
         return their.endswith(".weight") and their[: -len(".weight")] in self.low_rank
 
-    def _check(self, here: Mapping[str, tuple[Tensor, Tensor]], pieces: Mapping[str, Piece], folder: Path) -> None:
-        known = {piece.theirs for piece in pieces.values()}
+    def _refuse_experts(self, pieces: Mapping[str, Place], folder: Path) -> None:
+        for piece in (piece for place in pieces.values() if isinstance(place, Stack) for piece in place.parts):
+            if self._adapts(piece.theirs) or piece.theirs in self.whole:
+                raise UsageError(f"{folder} adapts {piece.theirs}, an expert's: merge it with PEFT")
+
+    def _check(self, here: Mapping[str, tuple[Tensor, Tensor]], pieces: Mapping[str, Place], folder: Path) -> None:
+        known = {piece.theirs for place in pieces.values() for piece in parts_of(place)}
         strange = [path for path in self.low_rank if f"{path}.weight" not in known]
         strange += [name for name in self.whole if name not in known]
         if strange:
             raise CheckpointError(f"{folder} is for another base than {self.base}, which has no {strange[0]}")
         for name, (a, b) in here.items():
-            shape = _whole_rows(pieces[name])
+            piece = _one(pieces[name])
+            shape = _whole_rows(piece)
             if shape is None:
-                raise UsageError(f"{folder} adapts {pieces[name].theirs}, several matrices in one: merge it with PEFT")
+                raise UsageError(f"{folder} adapts {piece.theirs}, several matrices in one: merge it with PEFT")
             if (b.shape[0], a.shape[1]) != shape:
                 raise CheckpointError(
-                    f"{folder} is for another base than {self.base}: its adapter of {pieces[name].theirs} makes "
+                    f"{folder} is for another base than {self.base}: its adapter of {piece.theirs} makes "
                     f"{[b.shape[0], a.shape[1]]}, the base has {list(shape)}"
                 )
 
@@ -102,7 +110,7 @@ def save_adapter(
     lora: LoraConfig,
     low_rank: Mapping[str, Tensor],
     whole: Mapping[str, Tensor],
-    pieces: Mapping[str, Piece],
+    pieces: Mapping[str, Place],
     task: str,
 ) -> None:
     """Write a folder that `peft` loads over `base`. `low_rank` by our names (...lora_a, ...lora_b), `whole` what
@@ -110,11 +118,11 @@ def save_adapter(
     tensors = {}
     for name, tensor in low_rank.items():
         path, _, leaf = name.rpartition(".")
-        piece = pieces[f"{path}.weight"]
+        piece = _one(pieces[f"{path}.weight"])
         if _whole_rows(piece) is None:
             raise UsageError(f"an adapter of {path} has no place in {piece.theirs}, which holds several matrices")
         tensors[f"{_PREFIX}{piece.theirs.removesuffix('.weight')}.{_LEAVES[leaf]}"] = tensor
-    saved = {pieces[name].theirs: tensor for name, tensor in whole.items()}
+    saved = {_one(pieces[name]).theirs: tensor for name, tensor in whole.items()}
     tensors |= {_PREFIX + name: tensor for name, tensor in saved.items()}
     modules = {name.removeprefix(_PREFIX).rpartition(".lora_")[0].rpartition(".")[2] for name in tensors} - {""}
     theirs: dict[str, Any] = {
@@ -126,7 +134,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
         "bias": "none",
-        "fan_in_fan_out": any(piece.transposed for piece in pieces.values()),
+        "fan_in_fan_out": any(piece.transposed for place in pieces.values() for piece in parts_of(place)),
         "target_modules": sorted(modules),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
         "inference_mode": True,
@@ -134,6 +142,13 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: x.contiguous() for name, x in tensors.items()}, folder / _FILE, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+
+
+def _one(place: Place) -> Piece:
+    """The place of what is no expert's; `lora` adapts no other."""
+    if isinstance(place, Stack):
+        raise UsageError(f"{place.parts[0].theirs} and its like, experts, have no place in an adapter's folder")
+    return place
 
 
 def _whole_rows(piece: Piece) -> tuple[int, ...] | None:

@@ -28,6 +28,7 @@ class Context:
     near: View  # of layers with a window
     cache: CacheView | None
     keys: int  # S: how many keys a query is shown
+    real: Tensor | None = None  # [B,T] bool: False at padding, which has no part in the balance of experts
 
 
 class AttentionCore(nn.Module):

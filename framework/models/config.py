@@ -1,6 +1,6 @@
 """The architecture as data: every axis on which the families of the field differ, one field each.
 
-Left out: encoders with a decoder, mixtures of experts, capped scores.
+Left out: encoders with a decoder, capped scores.
 """
 
 from dataclasses import dataclass, field, replace
@@ -106,6 +106,38 @@ class Bias(Choice):
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in place of the feed-forward block: sum of p_e expert_e(x) over the top_k experts of largest
+    p = softmax(router x) (Shazeer et al. 2017). No token is dropped. See `models.moe`."""
+
+    experts: int = 0  # E, feed-forward blocks of which each token takes some; 0 = one block for all tokens
+    top_k: int = 2  # how many each token takes (Shazeer et al. 2017; 1: Fedus et al. 2021)
+    intermediate_size: int = 0  # of one expert; 0 = model.intermediate_size
+    shared: int = 0  # intermediate size of a block beside them that every token takes (Dai et al. 2024); 0 = none
+    shared_gate: bool = False  # it counts sigmoid(w x) times (Qwen2-MoE), else once (DeepSeekMoE)
+    normalise: bool = True  # the chosen p are divided by their sum (Mixtral, Qwen3); else as they are (Qwen2-MoE)
+    first: int = 0  # layers before this one have a plain block (DeepSeekMoE: 1)
+    every: int = 1  # from there on layer i has experts where every divides i + 1 (GShard, Lepikhin et al. 2020: 2)
+    balance: float = 0.0  # times sum of f_e P_e, a row's load-balance loss (DeepSeek-V3 2024, equations 17 to 20)
+
+    def __post_init__(self) -> None:
+        require(self.experts >= 0, f"model.moe.experts={self.experts} must not be negative; 0 = no mixture")
+        require(
+            self.experts == 0 or 1 <= self.top_k <= self.experts,
+            f"model.moe.top_k={self.top_k} must be between 1 and model.moe.experts={self.experts}",
+        )
+        require(self.every >= 1, f"model.moe.every={self.every} must be at least 1: experts in every layer")
+        require(self.balance >= 0, f"model.moe.balance={self.balance} must not be negative; 0 = no such loss")
+        sizes = (self.intermediate_size, self.shared, self.first)
+        require(min(sizes) >= 0, "model.moe.intermediate_size, shared and first must not be negative")
+        require(self.shared > 0 or not self.shared_gate, "model.moe.shared_gate=true needs model.moe.shared: its size")
+
+    def at(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts > 0 and layer >= self.first and (layer + 1) % self.every == 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One transformer. `vocab_size` 0 means "the tokenizer's"; 0 for `num_kv_heads`, `head_dim`,
     `intermediate_size` means the usual value derived from the others."""
@@ -137,6 +169,7 @@ class ModelConfig:
     attention_bias: Bias = Bias.NONE
     mlp_bias: bool = False  # of the feed-forward's projections
     head_transform: bool = False  # logits = W norm(act(A x + a)) + b in place of W x (BERT)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     tied: bool = True  # the head's matrix is the embedding's (Press & Wolf 2017)
     init_std: float = 0.02  # of drawn weights; those back into the residual stream / sqrt(2 num_layers) (GPT-2)
 
@@ -157,6 +190,20 @@ class ModelConfig:
         require(
             0 < self.rope_fraction <= 1 and (self.position is not Position.ROTARY or self.turned_size % 2 == 0),
             f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_size} must be an even number",
+        )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        moe = self.moe
+        require(
+            moe.experts == 0 or (self.activation.is_gated and not self.mlp_bias),
+            f"model.moe.experts={moe.experts} needs a gated model.activation and model.mlp_bias=false: experts have a "
+            "gate and no bias",
+        )
+        require(
+            moe.experts == 0 or any(map(moe.at, range(self.num_layers))),
+            f"model.moe.first={moe.first} and model.moe.every={moe.every} leave none of model.num_layers="
+            f"{self.num_layers} layers with experts",
         )
 
     def _check_sight(self) -> None:
@@ -191,6 +238,11 @@ class ModelConfig:
         return 4 * self.hidden_size
 
     @property
+    def expert_size(self) -> int:
+        """The intermediate size of one expert."""
+        return self.moe.intermediate_size or self.feed_forward_size
+
+    @property
     def turned_size(self) -> int:
         """How many numbers of a head rotary positions turn."""
         return int(self.head_size * self.rope_fraction)
@@ -211,7 +263,8 @@ class ModelConfig:
     def explicit(self) -> "ModelConfig":
         """The same model with every derived size written out."""
         inner = self.feed_forward_size
-        return replace(self, num_kv_heads=self.kv_heads, head_dim=self.head_size, intermediate_size=inner)
+        moe = replace(self.moe, intermediate_size=self.expert_size) if self.moe.experts else MoeConfig()
+        return replace(self, num_kv_heads=self.kv_heads, head_dim=self.head_size, intermediate_size=inner, moe=moe)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from framework.core.registry import lookup, names
 from framework.models.adapters import is_adapter, open_adapter
 from framework.models.config import ModelConfig
 from framework.models.families.family import Family
-from framework.models.families.tensors import Piece, joined
+from framework.models.families.tensors import Place, Stack, joined, parts_of
 from framework.models.init import fill, head_shapes, parameter_shapes
 from framework.models.transformer import HEAD_PARTS, Transformer
 
@@ -68,11 +68,15 @@ def read_folder(folder: str | Path) -> tuple[ModelConfig, ReadBox, Shapes]:
         pieces["value_head.weight"] = pieces["class_head.weight"]
         shapes["value_head.weight"] = shapes["class_head.weight"]
 
+    def find(theirs: str) -> Any:
+        file, stored = files[theirs]
+        return file.get_slice(stored)
+
     def read(name: str, box: Box) -> Tensor:
         if name not in pieces:
             raise CheckpointError(f"{path} has no tensor '{name}': {nearest(name, pieces)}")
-        file, stored = files[pieces[name].theirs]
-        return pieces[name].read(file.get_slice(stored), box)
+        place = pieces[name]
+        return place.read(find, box) if isinstance(place, Stack) else place.read(find(place.theirs), box)
 
     return config, read, shapes
 
@@ -86,7 +90,7 @@ def _shapes(config: ModelConfig, family: Family, files: Mapping[str, tuple[Any, 
         return {name: shape for name, shape in shapes.items() if name.split(".")[0] not in HEAD_PARTS} | classes
     more = {name: shape for name, shape in head_shapes(config, 1).items() if not name.startswith("class_head")}
     places = family.pieces(shapes | more, config.num_heads)
-    return shapes | {name: shape for name, shape in more.items() if places[name].theirs in files}
+    return shapes | {name: shape for name, shape in more.items() if parts_of(places[name])[0].theirs in files}
 
 
 def _read_adapted(path: Path) -> tuple[ModelConfig, ReadBox, Shapes]:
@@ -137,7 +141,7 @@ def save_weights(
     (path / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
 
 
-def pieces_of(config: ModelConfig, classes: int = 0) -> dict[str, Piece]:
+def pieces_of(config: ModelConfig, classes: int = 0) -> dict[str, Place]:
     """Where each parameter lies in the tensors of the config's family, that of a class head with them."""
     shapes = parameter_shapes(config) | head_shapes(config, classes)
     family: Family = lookup("family", config.family)
@@ -221,8 +225,8 @@ def _parts(index: Path) -> list[str]:
     return list(weight_map.values())
 
 
-def _check(path: Path, pieces: Mapping[str, Piece], files: Mapping[str, tuple[Any, str]]) -> None:
-    expected = {piece.theirs: piece.shape for piece in pieces.values()}
+def _check(path: Path, pieces: Mapping[str, Place], files: Mapping[str, tuple[Any, str]]) -> None:
+    expected = {piece.theirs: piece.shape for place in pieces.values() for piece in parts_of(place)}
     shapes = {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in files.items()}
     complaints = [f"unexpected tensor {files[name][1]}" for name in shapes if name not in expected]
     complaints += [f"missing tensor {name}" for name in expected if name not in shapes]

@@ -2,11 +2,12 @@
 
 Weights are Normal(0, init_std), the two projections back into the residual stream scaled by 1/sqrt(2 num_layers)
 (GPT-2, Radford et al. 2019); with DeepNorm these, the values and the feed-forward by (8 num_layers)^(-1/4) (Wang et al.
-2022). Norms one, biases zero. A class head is Normal(0, 1/sqrt(D+1)) (Stiennon et al. 2020), a value head zero: the
-first values are 0, not noise.
+2022); an expert is a feed-forward block. Norms one, biases zero. A class head is Normal(0, 1/sqrt(D+1)) (Stiennon et
+al. 2020), a value head zero: the first values are 0, not noise.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def random_weights(config: ModelConfig, seed: int) -> ReadBox:
     def read(name: str, box: Box) -> Tensor:
         if name not in shapes:
             raise UsageError(f"this model has no parameter '{name}': {nearest(name, shapes)}")
-        return draw(name, box, shapes[name][-1], _deviation(name, config), seed)
+        return draw(name, box, shapes[name], _deviation(name, config), seed)
 
     return read
 
@@ -68,23 +69,32 @@ def _deviation(name: str, config: ModelConfig) -> float | None:
     if module == "class_head":
         return (config.hidden_size + 1) ** -0.5
     if config.norm_place is NormPlace.DEEP:
-        shrinks = module.endswith(("attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"))
+        shrinks = module.endswith(("attention.v", "attention.o", ".gate", ".up", ".down"))
         return config.init_std * (8 * config.num_layers) ** -0.25 if shrinks else config.init_std
-    back_into_residual = module.endswith(("attention.o", "mlp.down"))
+    back_into_residual = module.endswith(("attention.o", ".down"))  # of the block, of experts, of the shared one
     return config.init_std * (2 * config.num_layers) ** -0.5 if back_into_residual else config.init_std
 
 
-def draw(name: str, box: Box, columns: int, deviation: float | None, seed: int) -> Tensor:
-    """The box of a parameter of `columns` columns: Normal(0, deviation), or its constant where that is None."""
+def draw(name: str, box: Box, whole_shape: Sequence[int], deviation: float | None, seed: int) -> Tensor:
+    """The box of a parameter of `whole_shape`: Normal(0, deviation), or its constant where that is None."""
     shape = [length for _, length in box]
     if deviation is None:
         is_norm_weight = name.endswith("norm.weight")
         return torch.full(shape, 1.0 if is_norm_weight else 0.0)
-    key, (row, rows), (column, width) = random.key(seed, name), *box
-    drawn = torch.empty(shape)
+    key, (column, width) = random.key(seed, name), box[-1]
+    rows = _row_numbers(box, whole_shape)
+    drawn = torch.empty(len(rows), width)
     at_once = max(1, _DRAWN_AT_ONCE // max(width, 1))
-    for first in range(0, rows, at_once):
-        numbers = torch.arange(row + first, row + min(first + at_once, rows)).unsqueeze(1)
-        index = numbers * columns + torch.arange(column, column + width)
+    for first in range(0, len(rows), at_once):
+        numbers = rows[first : first + at_once].unsqueeze(1) * whole_shape[-1]
+        index = numbers + torch.arange(column, column + width)
         drawn[first : first + at_once] = random.normal(key, index) * deviation
-    return drawn
+    return drawn.view(shape)
+
+
+def _row_numbers(box: Box, whole_shape: Sequence[int]) -> Tensor:
+    """Of the rows of a box, counted through all matrices of a stack: int64."""
+    numbers = torch.zeros(1, dtype=torch.long)
+    for (start, length), size in zip(box[:-1], whole_shape[:-1], strict=True):
+        numbers = (numbers.unsqueeze(1) * size + torch.arange(start, start + length)).flatten()
+    return numbers

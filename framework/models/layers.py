@@ -44,9 +44,10 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """The feed-forward block: down(act(gate(x)) * up(x)) where gated, else down(act(up(x)))."""
 
-    def __init__(self, config: ModelConfig, strict: bool):
+    def __init__(self, config: ModelConfig, strict: bool, inner: int = 0):
+        """`inner`: its intermediate size, where that is not the model's."""
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.feed_forward_size, config.mlp_bias
+        hidden, inner, bias = config.hidden_size, inner or config.feed_forward_size, config.mlp_bias
         self.gate = Linear(hidden, inner, bias, strict) if config.activation.is_gated else None
         self.up = Linear(hidden, inner, bias, strict)
         self.down = Linear(inner, hidden, bias, strict)
@@ -74,7 +75,7 @@ def strict_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear whose result for a row does not depend on the other rows, bit for bit. x[..., I], weight[O, I]."""
     rows = x.reshape(-1, x.shape[-1])
     padded = F.pad(rows, (0, 0, 0, -len(rows) % _ROWS)).contiguous()
-    return F.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
+    return F.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], len(weight))
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:

@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021): beside a frozen matrix W [O,I] a product B A of rank r learns.
 
 The layer gives x W^T + scale (x A^T) B^T with scale = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023). A is drawn
-and B is zero, so that a model with a fresh adapter is the model. Left out: dropout, DoRA, embeddings (they may learn in
-full, `also`), and how others write an adapter down (`adapters`).
+and B is zero, so that a model with a fresh adapter is the model. Of a model with experts attention alone is adapted.
+Left out: dropout, DoRA, embeddings (they may learn in full, `also`), and how others write an adapter down (`adapters`).
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from framework.core.config import require
 from framework.core.records import Box, ReadBox
 from framework.models.config import LoraConfig, ModelConfig
 from framework.models.frozen import matched
@@ -57,11 +58,22 @@ def targets(config: ModelConfig, lora: LoraConfig) -> list[str]:
     matrices = [
         name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if _is_inner(name, shape)
     ]
+    if config.moe.experts:
+        matrices = [path for path in matrices if ".attention." in path]
+        _refuse_feed_forward(lora.targets)
     leaves = [path.rpartition(".")[2] for path in matrices]
     wanted = set(lora.targets) or set(leaves)
     for leaf in lora.targets:
         matched(leaf, leaves, "lora.targets")
     return [path for path, leaf in zip(matrices, leaves, strict=True) if leaf in wanted]
+
+
+def _refuse_feed_forward(wanted: Iterable[str]) -> None:
+    for leaf in wanted:
+        require(
+            leaf not in ("gate", "up", "down", "router", "shared_gate"),
+            f"lora.targets: '{leaf}' is not adapted in a model with experts (model.moe.experts); choose q, k, v, o",
+        )
 
 
 def _is_inner(name: str, shape: tuple[int, ...]) -> bool:
@@ -94,7 +106,7 @@ def with_fresh(read: ReadBox, config: ModelConfig, lora: LoraConfig, seed: int) 
             return read(name, box)
         if name.endswith(_B):
             return torch.zeros([length for _, length in box])
-        return draw(name, box, shapes[name][1], (3 * shapes[name][1]) ** -0.5, seed)
+        return draw(name, box, shapes[name], (3 * shapes[name][1]) ** -0.5, seed)
 
     return drawn
 

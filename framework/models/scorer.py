@@ -57,6 +57,7 @@ class Scorer(nn.Module):
             document_ids=None if alone else inputs.document_ids,
             prefix_lengths=inputs.prefix_lengths if self.reads_prefixes else None,
             token_types=inputs.token_types,
+            real=inputs.document_ids > 0 if self.model.config.moe.balance else None,
         )
         if not self.ends:
             return hidden

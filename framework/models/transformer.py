@@ -1,8 +1,11 @@
 """A transformer as a pure function of (config, weights, tokens). It knows no rank, no loss, no optimizer.
 
 Embedding, head and final norm may be absent (set to None by a pipeline cut), and layers may be missing from the dict:
-what is left still runs, on hidden states instead of tokens. Low-rank adapters stand elsewhere.
+what is left still runs, on hidden states instead of tokens. Mixtures of experts (`moe`) and adapters (`lora`) stand
+elsewhere.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from framework.models.heads import HeadTransform, OutputBias
 from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
 from framework.models.mask import DocumentMask, View, cache_mask, near, triangle, with_prefix, within
+from framework.models.moe import Balance, Mixture
 from framework.models.positions import Alibi, rotary_tables
 
 HEAD_PARTS = ("head_transform", "head", "head_bias")
@@ -31,7 +35,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, index, strict)
         self.attention_out_norm = build_norm(config) if sandwich else None
         self.mlp_norm = build_norm(config)
-        self.mlp = MLP(config, strict)
+        self.mlp = Mixture(config, strict) if config.moe.at(index) else MLP(config, strict)
         self.mlp_out_norm = build_norm(config) if sandwich else None
         self.norms_first = config.ends_with_norm
         self.residual_scale = config.residual_scale
@@ -40,9 +44,12 @@ class Layer(nn.Module):
         """x[B,T,D] -> [B,T,D]."""
         if self.norms_first:
             x = x + _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
-            return x + _normed(self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
+            return x + _normed(self._fed(self.mlp_norm(x), context), self.mlp_out_norm)
         x = self.attention_norm(self.residual_scale * x + self.attention(x, context))
-        return self.mlp_norm(self.residual_scale * x + self.mlp(x))
+        return self.mlp_norm(self.residual_scale * x + self._fed(x, context))
+
+    def _fed(self, x: Tensor, context: Context) -> Tensor:
+        return self.mlp(x, context.real) if isinstance(self.mlp, Mixture) else self.mlp(x)
 
 
 def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -87,6 +94,7 @@ class Transformer(nn.Module):
         prefix_lengths: Tensor | None = None,
         encoder_tokens: Tensor | None = None,
         cache: CacheView | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """tokens[B,T] int64 (hidden[B,T,D] where the embedding was cut off) -> hidden[B,T,D], normalised.
 
@@ -94,7 +102,7 @@ class Transformer(nn.Module):
         within equal ids, 0 is padding; None means that each row is one document, for a decoder padded on the right if
         at all, which is faster. prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see.
         token_types[B,T] default to 0. With `cache`, rows are the view's slots, and positions say where in them the
-        tokens stand.
+        tokens stand. real[B,T]: False at padding, for the balance of experts alone.
         """
         self._refuse_unread(
             token_types=token_types, prefix_lengths=prefix_lengths, encoder_tokens=encoder_tokens, cache=cache
@@ -107,7 +115,7 @@ class Transformer(nn.Module):
         if self.type_embedding is not None:
             hidden = hidden + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         hidden = _normed(hidden, self.embedding_norm)
-        context = self._context(hidden, positions, document_ids, prefix_lengths, cache)
+        context = replace(self._context(hidden, positions, document_ids, prefix_lengths, cache), real=real)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return _normed(hidden, self.norm)
@@ -123,6 +131,12 @@ class Transformer(nn.Module):
         """Leave the language head out: a classifier has none."""
         for part in HEAD_PARTS:
             setattr(self, part, None)
+
+    def balance_over(self, rows: float) -> None:
+        """Say how many sequences the optimizer step holds, over all ranks: by that the experts' balance is divided."""
+        for part in self.modules():
+            if isinstance(part, Balance):
+                part.rows = rows
 
     @property
     def output_weight(self) -> Tensor:
@@ -194,6 +208,8 @@ def _require_strict_sizes(config: ModelConfig) -> None:
         "hidden_size": config.hidden_size,
         "head_dim": config.head_size,
         "intermediate_size": config.feed_forward_size,
+        "moe.intermediate_size": config.expert_size,
+        "moe.shared": config.moe.shared,
     }
     for name, size in sizes.items():
         require(

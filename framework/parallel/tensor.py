@@ -55,6 +55,21 @@ def rows(module: nn.Module, ranks: Ranks) -> Parts:
     return parts | {name: _partial(module, name, ranks) for name in ("bias", "lora_b") if _has(module, name)}
 
 
+def summand_rows(module: nn.Module, ranks: Ranks) -> Parts:
+    """As `rows`, where somebody else adds up what the ranks give: a summand [B,T,O] out, no bias."""
+    return _cut(module, ranks, {"weight": 1})
+
+
+def stacked_columns(module: nn.Module, ranks: Ranks) -> Parts:
+    """Matrices [E,O,I], one upon another, whose outputs are shared out: each rank has its columns of them all."""
+    return _cut(module, ranks, {"weight": 1})
+
+
+def stacked_rows(module: nn.Module, ranks: Ranks) -> Parts:
+    """Matrices [E,O,I] whose inputs are shared out: a summand out, which somebody else adds up."""
+    return _cut(module, ranks, {"weight": 2})
+
+
 def vocabulary(module: nn.Module, ranks: Ranks) -> Parts:
     """An embedding whose rows are shared out: ids in, this rank's places of hidden states out."""
     assert isinstance(module, nn.Embedding)
@@ -72,7 +87,8 @@ def vocabulary(module: nn.Module, ranks: Ranks) -> Parts:
 
 
 def places(module: nn.Module, ranks: Ranks) -> Parts:
-    """A module that meets this rank's places alone (a norm): whole, its gradients are sums over the tensor ranks."""
+    """A module that meets this rank's places alone (a norm), or whose outcome goes into a summand of this rank's (a
+    router of experts): whole, its gradients are sums over the tensor ranks."""
     return {name: _partial(module, name, ranks) for name, _ in module.named_parameters(recurse=False)}
 
 
@@ -86,6 +102,12 @@ def all_places(module: nn.Module, ranks: Ranks) -> Parts:
     """A block that needs all places of its first input. Its own parameters are its parts' business."""
     module.register_forward_pre_hook(lambda module, inputs: (gather_places(inputs[0], ranks), *inputs[1:]))
     return {}
+
+
+def all_places_to_own(module: nn.Module, ranks: Ranks) -> Parts:
+    """A block that needs all places of its first input and gives a summand of each: this rank's places of the sum."""
+    module.register_forward_hook(lambda module, inputs, y: scatter_places(y, ranks))
+    return all_places(module, ranks)
 
 
 def ends_whole(module: nn.Module, ranks: Ranks) -> Parts:

@@ -9,6 +9,11 @@ a block with RMSNorm and SwiGLU keeps
     attention  p (2 Q + 2 K) e + p N w + B T T e     q, k, v, the output, its log-sum-exp; the mask of packed rows
     inner      4 p F e             gate, up, silu(gate), their product
 
+and one with E experts, k of F numbers a token, in place of inner (what another block beside them keeps comes on top)
+
+    experts    p (E w + 3 k (w + 8)) + 2 p k D e + 4 p k F e     probabilities, weights, places; the rows that experts
+                                                                 take in and give; gate, up, silu(gate), product
+
 With t tensor ranks Q, K, N and F are shared out, and so are the norms' p, which is sequence parallelism; what the
 matrices take in is gathered, and kept so. Left out: strict mode, compiled blocks, entropies.
 """
@@ -43,23 +48,26 @@ class Load:
         return max(4, self.compute)
 
 
-def block_kept(model: ModelConfig, load: Load, recompute: Recompute) -> int:
+def block_kept(model: ModelConfig, load: Load, recompute: Recompute, layer: int = 0) -> int:
     """Bytes that one block keeps for backward."""
     p, e = load.places, load.compute
     taken = p * model.hidden_size * e
-    queries, keys, inner = _shared(model, load)
+    queries, keys, inner = _shared(model, load, layer)
+    experts = _experts(model, load) if model.moe.at(layer) else 0
     if recompute is Recompute.FULL:
         return taken // load.tensor
     if recompute is Recompute.SELECTIVE:  # its input, and what each product gave
         ups = 2 if model.activation.is_gated else 1
         products = p * (queries + 2 * keys + ups * inner) * e + 2 * taken
+        if experts:  # k outcomes of ways down in place of one
+            products += p * (model.moe.experts + (model.moe.top_k - 1) * model.hidden_size) * e
         return taken // load.tensor + products + _attended(model, load)
     gated = 4 if model.activation.is_gated else 2
     acted = 1 if model.activation is Activation.RELU else gated
     given = p * (queries + 2 * keys) * e
     return (
         2 * _norm_kept(model, load) + 2 * taken + given + _attended(model, load) + _mask(load) + acted * p * inner * e
-    )
+    ) + experts
 
 
 def shared_kept(model: ModelConfig, load: Load, recompute: Recompute) -> int:
@@ -87,19 +95,29 @@ def head_working(model: ModelConfig, load: Load) -> int:
     return 2 * logits * load.wide if logits <= CHUNK_LOGITS else 3 * CHUNK_LOGITS * load.wide
 
 
-def block_working(model: ModelConfig, load: Load, recompute: Recompute) -> int:
+def block_working(model: ModelConfig, load: Load, recompute: Recompute, layer: int = 0) -> int:
     """Bytes beside all that is kept while a block's gradients are taken: what it computes again, and the gradients of
     its widest part."""
-    again = block_kept(model, load, Recompute.NONE) - block_kept(model, load, recompute)
-    inner = (3 if model.activation.is_gated else 2) * load.places * _shared(model, load)[2] * load.compute
+    again = block_kept(model, load, Recompute.NONE, layer) - block_kept(model, load, recompute, layer)
+    inner = (3 if model.activation.is_gated else 2) * load.places * _shared(model, load, layer)[2] * load.compute
     return max(0, again) + max(inner + load.places * model.hidden_size * load.compute, _ring_working(model, load))
 
 
-def _shared(model: ModelConfig, load: Load) -> tuple[int, int, int]:
-    """(Q, K, F) of one tensor rank."""
-    sizes = model.num_heads * model.head_size, model.kv_heads * model.head_size, model.feed_forward_size
+def _shared(model: ModelConfig, load: Load, layer: int = 0) -> tuple[int, int, int]:
+    """(Q, K, F) of one tensor rank; F of all blocks that a token passes."""
+    inner = model.feed_forward_size
+    if model.moe.at(layer):
+        inner = model.moe.top_k * model.expert_size + model.moe.shared
+    sizes = model.num_heads * model.head_size, model.kv_heads * model.head_size, inner
     queries, keys, inner = (-(-size // load.tensor) for size in sizes)
     return queries, keys, inner
+
+
+def _experts(model: ModelConfig, load: Load) -> int:
+    """Probabilities, weights before and after they are divided, orders; the rows that experts take in and give."""
+    experts, k = model.moe.experts, model.moe.top_k
+    rows = 2 * k * model.hidden_size * load.compute
+    return load.places * (experts * load.wide + 3 * k * (load.wide + 8) + rows)
 
 
 def _attended(model: ModelConfig, load: Load) -> int:

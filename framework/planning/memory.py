@@ -113,7 +113,8 @@ class _Rank:
         self.spans = _spans(model, self.pipeline, parallel.stages_per_rank, stage)
         roots = [root(model, s.start == 0, s.stop == model.num_layers, batch.classes) for s in self.spans]
         self.roots = [entry for table in roots for entry in table]
-        self.table = self.roots + sum(len(span) for span in self.spans) * block(model)
+        self.blocks = [block(model, layer) for span in self.spans for layer in span]
+        self.table = self.roots + [entry for table in self.blocks for entry in table]
 
     def memory(self) -> RankMemory:
         held = {kind: sum(self._held(e) for e in self.table if e.decayed is kind) for kind in (True, False)}
@@ -139,7 +140,7 @@ class _Rank:
         collective gave; of backward the block, the next one, its gradients, and those on their way (in fp32). Without
         it, a copy of all in the dtype that computes."""
         e, w = self.numbers.compute, self.numbers.master
-        blocks, roots = self._whole(block(self.model)), self._whole(self.roots)
+        blocks, roots = max(map(self._whole, self.blocks)), self._whole(self.roots)
         if not self.fsdp:
             return self._whole(self.table) * e if e < w else 0
         if self.shard == 1:  # nothing to gather, but torch copies all the same
@@ -151,7 +152,8 @@ class _Rank:
     def _instants(self) -> list[tuple[int, int]]:
         """(gathered, activations) when a micro-batch's logits have their gradients, and when its last block has."""
         kept, head, again = self._in_flight(), self._head(), self.parallel.recompute
-        at_blocks = kept - head + activations.block_working(self.model, self.load, again)
+        working = (activations.block_working(self.model, self.load, again, layer) for s in self.spans for layer in s)
+        at_blocks = kept - head + max(working)
         at_head = kept + activations.head_working(self.model, self.load) if head else 0
         return [(self._gathered(backward=False), at_head), (self._gathered(backward=True), at_blocks)]
 
@@ -172,7 +174,8 @@ class _Rank:
     def _kept(self, span: range) -> int:
         """By one micro-batch in one stage. What a stage gave waits there with what it took in."""
         model, load, again = self.model, self.load, self.parallel.recompute
-        kept = len(span) * activations.block_kept(model, load, again) + activations.shared_kept(model, load, again)
+        blocks = sum(activations.block_kept(model, load, again, layer) for layer in span)
+        kept = blocks + activations.shared_kept(model, load, again)
         if span.stop == model.num_layers:
             return kept + activations.head_kept(model, load, not self.batch.classes)
         return kept + load.places // load.tensor * model.hidden_size * load.compute

@@ -1,7 +1,7 @@
 """Every parameter's shape, and how tensor ranks cut it: the model as a table, free of torch.
 
-A table is a list of Entry; a block's is the same for every layer, the rest ("root") depends on which ends of the model
-a pipeline stage has. Left out: who holds what of it (`memory`).
+A table is a list of Entry; a block's is the same for every layer, but for experts, which some may lack; the rest
+("root") depends on which ends of the model a pipeline stage has. Left out: who holds what of it (`memory`).
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,14 @@ Table = Sequence[Entry]
 
 def num_parameters(model: ModelConfig) -> int:
     """Exact number of parameters of the transformer (heads for values or classes not counted)."""
-    return count(root(model)) + model.num_layers * count(block(model))
+    return count(root(model)) + sum(count(block(model, layer)) for layer in range(model.num_layers))
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Of those, how many one token meets: of the experts of a layer the chosen ones."""
+    idle = model.moe.experts - model.moe.top_k
+    layers = sum(map(model.moe.at, range(model.num_layers)))
+    return num_parameters(model) - layers * idle * 3 * model.hidden_size * model.expert_size
 
 
 def kv_bytes(model: ModelConfig, number: int = 2) -> int:
@@ -61,16 +68,28 @@ def count(table: Table) -> int:
     return sum(entry.size for entry in table)
 
 
-def block(model: ModelConfig) -> list[Entry]:
-    """One layer: attention, feed-forward, norms."""
-    hidden, inner = model.hidden_size, model.feed_forward_size
+def block(model: ModelConfig, layer: int = 0) -> list[Entry]:
+    """One layer: attention, feed-forward or experts, norms."""
+    hidden = model.hidden_size
     queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
-    ups = 2 if model.activation.is_gated else 1
     bias = model.attention_bias
     table = [entry for size in (queries, keys, keys) for entry in _columns(hidden, size, bias is not Bias.NONE)]
     table += _rows(queries, hidden, bias is Bias.ALL) + [Entry((model.head_size,))] * (2 if model.qk_norm else 0)
-    table += ups * _columns(hidden, inner, model.mlp_bias) + _rows(inner, hidden, model.mlp_bias)
+    table += _mixture(model) if model.moe.at(layer) else _feed_forward(model, model.feed_forward_size)
     return table + (4 if model.norm_place is NormPlace.SANDWICH else 2) * _norm(model)
+
+
+def _feed_forward(model: ModelConfig, inner: int) -> list[Entry]:
+    hidden, ups = model.hidden_size, 2 if model.activation.is_gated else 1
+    return ups * _columns(hidden, inner, model.mlp_bias) + _rows(inner, hidden, model.mlp_bias)
+
+
+def _mixture(model: ModelConfig) -> list[Entry]:
+    """Router, experts (each cut along its own inner size), what every token takes beside them."""
+    moe, hidden, inner = model.moe, model.hidden_size, model.expert_size
+    stacks = [Entry((moe.experts, inner, hidden), 1)] * 2 + [Entry((moe.experts, hidden, inner), 2)]
+    shared = _feed_forward(model, moe.shared) if moe.shared else []
+    return [Entry((moe.experts, hidden)), *stacks, *shared, *([Entry((1, hidden))] if moe.shared_gate else [])]
 
 
 def root(model: ModelConfig, first: bool = True, last: bool = True, classes: int = 0) -> list[Entry]:

@@ -14,7 +14,7 @@ from framework.models.axes import axes
 from framework.models.config import Bias, ModelConfig, Position, Scaling
 from framework.models.families.family import Family
 from framework.models.presets import preset, presets
-from framework.planning.parameters import kv_bytes, num_parameters
+from framework.planning.parameters import active_parameters, kv_bytes, num_parameters
 from framework.stages.words import Words
 
 _V = "V: the tokenizer's vocabulary"
@@ -104,8 +104,8 @@ def find(name: str) -> ModelConfig:
     return read_architecture(local(name))[0]
 
 
-def _parameters(model: ModelConfig) -> str:
-    return _with_vocabulary(model, num_parameters(model), model.hidden_size * (1 if model.tied else 2))
+def _parameters(model: ModelConfig, count: Callable[[ModelConfig], int] = num_parameters) -> str:
+    return _with_vocabulary(model, count(model), model.hidden_size * (1 if model.tied else 2))
 
 
 def _with_vocabulary(model: ModelConfig, number: int, each: int) -> str:
@@ -146,6 +146,16 @@ def _norm(model: ModelConfig) -> str:
     return f"{model.norm} {model.norm_eps:g}, {model.norm_place}" + "".join(f" + {word}" for word in also)
 
 
+def _experts(model: ModelConfig) -> str:
+    moe = model.moe
+    if not moe.experts:
+        return "-"
+    shared = f" + {_number(moe.shared)} shared" if moe.shared else ""
+    layers = sum(map(moe.at, range(model.num_layers)))
+    where = "" if layers == model.num_layers else f", in {layers} layers"
+    return f"{moe.top_k} of {moe.experts} x {_number(model.expert_size)}{shared}{where}"
+
+
 def _biases(model: ModelConfig) -> str:
     attention = {Bias.NONE: [], Bias.QKV: ["q k v"], Bias.ALL: ["attention"]}[model.attention_bias]
     return ", ".join([*attention, *(["feed-forward"] if model.mlp_bias else [])]) or "none"
@@ -167,6 +177,7 @@ _FACTS: dict[str, Callable[[ModelConfig], str]] = {
     "family": lambda model: model.family,
     "architecture": lambda model: str(model.architecture),
     "parameters": _parameters,
+    "  that a token meets": lambda model: _parameters(model, active_parameters),
     "vocabulary": lambda model: _number(model.vocab_size) if model.vocab_size else "V",
     "layers": lambda model: _number(model.num_layers),
     "hidden": lambda model: _number(model.hidden_size),
@@ -177,6 +188,7 @@ _FACTS: dict[str, Callable[[ModelConfig], str]] = {
     "window": _window,
     "norm": _norm,
     "feed-forward": lambda model: f"{model.activation}, {_number(model.feed_forward_size)}",
+    "experts": _experts,
     "biases": _biases,
     "embedding and head": _ends,
     "context": lambda model: _number(model.max_positions),

@@ -20,6 +20,7 @@ from framework.models.config import (
     Architecture,
     Bias,
     ModelConfig,
+    MoeConfig,
     Norm,
     NormPlace,
     Position,
@@ -65,6 +66,12 @@ MODELS = {
         activation=Activation.GELU,
     ),
     "glm's kind of prefix": ModelConfig(Architecture.PREFIX, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4),
+    "experts": ModelConfig(
+        vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=22, qk_norm=True,
+        moe=MoeConfig(
+            experts=5, top_k=2, intermediate_size=7, shared=9, shared_gate=True, first=1, balance=0.3
+        ),
+    ),
 }  # fmt: skip
 LAYOUTS = [
     Layout(2, ParallelConfig("tensor 2", tensor=2)),
@@ -93,6 +100,12 @@ def half_seen(rows: Rows) -> Rows:
     return with_random_prefixes(rows, torch.full(rows.tokens.shape, 0.5))
 
 
+def visit_experts(runtime: Runtime, layout: Layout, answer: Course, model: ModelConfig) -> Deviation:
+    update = UPDATES[PRETRAINING]
+    precision = Precision.FP32 if layout.parallel.zero else Precision.FP64
+    return compare(train(engine_of(layout, runtime, update, precision, model), update)[0], answer)
+
+
 def visit(runtime: Runtime, layout: Layout, answers: Mapping[str, Course]) -> dict[str, Deviation]:
     return {name: compare(course(runtime, layout, name), answer) for name, answer in answers.items()}
 
@@ -104,6 +117,29 @@ def test_every_axis_gives_one_process_s_answer(layout: Layout, one: dict[str, Co
             tolerance = bound(Precision.FP64)
             assert deviation.start, name
             assert max(deviation.loss, deviation.gradient, deviation.after) <= tolerance, (name, deviation)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, ParallelConfig("context 2", context=2)),
+        Layout(2, ParallelConfig("zero1", zero=1)),
+        Layout(2, ParallelConfig("zero3", zero=3)),
+    ],
+    ids=lambda layout: layout.name.replace(" ", "-"),
+)
+def test_experts_under_layouts_that_other_axes_lack(layout: Layout) -> None:
+    """Context ranks route their own places, without a balance; DeepSpeed averages, and keeps fp32 masters."""
+    model = MODELS["experts"]
+    if layout.parallel.context > 1:
+        model = replace(model, moe=replace(model.moe, balance=0.0))
+    precision = Precision.FP32 if layout.parallel.zero else Precision.FP64
+    answer = train(
+        engine_of(Layout(1, ParallelConfig()), Runtime(), UPDATES[PRETRAINING], precision, model), UPDATES[PRETRAINING]
+    )[0]
+    for found in run_ranks(visit_experts, layout.world, layout, answer, model, timeout_s=280):
+        assert found.start
+        assert max(found.loss, found.gradient) <= bound(precision), found
 
 
 @pytest.mark.parametrize("form", list(ContextForm))

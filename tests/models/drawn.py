@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, MoeConfig, Norm, NormPlace, Position
 from framework.models.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=40)
@@ -22,6 +22,9 @@ LATER_AXES = {
         TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=4
     ),
     "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
+    "experts, the last layer's": replace(
+        TINY, moe=MoeConfig(experts=5, top_k=3, intermediate_size=24, first=1, shared=16, shared_gate=True)
+    ),
 }
 
 
@@ -36,8 +39,8 @@ def drawn(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.dim() == 2:
-                noise *= parameter.shape[1] ** -0.5
+            if parameter.dim() >= 2:
+                noise *= parameter.shape[-1] ** -0.5
             else:
                 noise = 0.3 * noise + (1 if name.endswith("norm.weight") else 0)
             parameter.copy_(noise)

@@ -6,6 +6,7 @@ fp32 are fp64.
 """
 
 import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _BERT = {
     "vocab_size": 37, "hidden_size": 24, "intermediate_size": 42, "num_hidden_layers": 2, "num_attention_heads": 3,
     "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
+_QWEN_MOE = {"moe_intermediate_size": 10, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _GLM = {
     "eos_token_id": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5},
@@ -53,7 +55,12 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
-        return getattr(transformers, f"{self.name}Config")(**self.settings)
+        return getattr(transformers, f"{self.name}Config")(**self.settings, **self.plain)
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """Experts in a loop: torch's grouped product takes no awkward sizes on a CPU."""
+        return {"experts_implementation": "eager"} if self.name.endswith("Moe") else {}
 
     @property
     def language_model(self) -> Any:
@@ -69,7 +76,7 @@ def drawn(model: Any) -> Any:
     """Every parameter random, at a scale where logits are of order one."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() == 2:
+            if p.dim() >= 2:
                 p.normal_(0, p.shape[-1] ** -0.5)
             else:
                 p.normal_(0 if name.endswith("bias") else 1, 0.3)
@@ -102,6 +109,20 @@ CASES = {
     "qwen3, biases, window": Case(
         "Qwen3",
         _GROUPED | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "qwen3 moe": Case("Qwen3Moe", _GROUPED | _QWEN_MOE),
+    "qwen3 moe, tied, first layer dense, weights as they are, biases": Case(
+        "Qwen3Moe",
+        _GROUPED
+        | _QWEN_MOE
+        | {"tie_word_embeddings": True, "mlp_only_layers": [0], "norm_topk_prob": False, "attention_bias": True},
+    ),
+    "qwen3 moe, experts in every second layer": Case(
+        "Qwen3Moe", _GROUPED | _QWEN_MOE | {"num_hidden_layers": 3, "decoder_sparse_step": 2, "num_experts_per_tok": 3}
+    ),
+    "qwen2 moe, a shared expert with a gate": Case(
+        "Qwen2Moe",
+        {k: v for k, v in _GROUPED.items() if k != "head_dim"} | _QWEN_MOE | {"shared_expert_intermediate_size": 14},
     ),
     "glm": Case("Glm", _GROUPED | _GLM),
     "glm, no biases": Case("Glm", _GROUPED | _GLM | {"attention_bias": False}),
@@ -176,13 +197,26 @@ def hold(ours: Transformer, theirs: Any, tolerance: float) -> None:
 def compare_gradients(ours: Transformer, theirs: Any, tolerance: float) -> None:
     """By the family's own table, so that each of their tensors is met once and whole."""
     found = dict(theirs_of(ours, {name: p.grad for name, p in ours.named_parameters()}))  # type: ignore[misc]
-    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    expected = dict(as_stored((name, p.grad) for name, p in theirs.named_parameters()))
     assert found.keys() == expected.keys()
     everything = torch.cat([g.flatten() for g in expected.values()])
     rms = float(everything.pow(2).mean().sqrt())
     for name, gradient in expected.items():
         assert found[name].shape == gradient.shape
         assert gap(found[name], gradient, rms) <= tolerance, name
+
+
+def as_stored(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Experts, which they hold in one tensor a layer, under the names of their files, one each."""
+    for name, x in named:
+        module, _, leaf = name.rpartition(".")
+        if not module.endswith(".experts"):
+            yield name, x
+            continue
+        for number, expert in enumerate(x):
+            kinds = ("gate", "up") if leaf == "gate_up_proj" else ("down",)
+            for kind, part in zip(kinds, expert.chunk(len(kinds)), strict=True):
+                yield f"{module}.{number}.{kind}_proj.weight", part
 
 
 def theirs_of(model: Transformer, weights: dict[str, Tensor]) -> Any:
@@ -205,9 +239,9 @@ def test_a_folder_comes_back_equal_in_names_types_and_bits(case: Case, tmp_path:
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor), name
-    back, info = case.language_model.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, info = case.language_model.from_pretrained(tmp_path / "ours", output_loading_info=True, **case.plain)
     assert not any(info.values()), info
-    first, x = case.language_model.from_pretrained(tmp_path / "theirs"), tokens(2, 9)
+    first, x = case.language_model.from_pretrained(tmp_path / "theirs", **case.plain), tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(back.eval()(x).logits, first.eval()(x).logits)
 

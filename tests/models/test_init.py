@@ -11,12 +11,15 @@ from framework.core import random
 from framework.core.errors import UsageError
 from framework.core.records import whole
 from framework.models import init
-from framework.models.config import Bias, ModelConfig, Norm, Position
+from framework.models.config import Bias, ModelConfig, MoeConfig, Norm, Position
 from framework.models.init import fill, parameter_shapes, random_weights
 from framework.models.transformer import Transformer
 from tests.models.drawn import TINY
 
-CONFIG = replace(TINY, norm=Norm.LAYER, attention_bias=Bias.ALL, tied=False, position=Position.LEARNED, max_positions=9)
+CONFIG = replace(
+    TINY, norm=Norm.LAYER, attention_bias=Bias.ALL, tied=False, position=Position.LEARNED, max_positions=9,
+    moe=MoeConfig(experts=3, intermediate_size=8, first=1),
+)  # fmt: skip
 SHAPES = parameter_shapes(CONFIG) | {"value_head.weight": (1, 32), "class_head.weight": (3, 32)}
 
 
@@ -64,6 +67,19 @@ def test_spreads_and_constants() -> None:
     assert (read("layers.0.mlp_norm.weight", whole((64,))) == 1).all()
     assert (read("layers.0.mlp.up.bias", whole((256,))) == 0).all()
     assert (read("value_head.weight", whole((1, 64))) == 0).all()
+
+
+def test_experts_are_drawn_as_feed_forward_blocks() -> None:
+    """By hand: element (1, 2, 5) of matrices [8, 32] is number 325 of its name's stream."""
+    config = replace(TINY, init_std=0.5, moe=MoeConfig(experts=3, intermediate_size=8))
+    read, shapes = random_weights(config, 3), parameter_shapes(config)
+    name = "layers.1.mlp.experts.up.weight"
+    expected = (random.normal(random.key(3, name), torch.tensor([325])) * 0.5).float()
+    assert torch.equal(read(name, ((1, 1), (2, 1), (5, 1))).flatten(), expected)
+    for leaf, deviation in (("experts.gate", 0.5), ("experts.down", 0.25), ("router", 0.5)):
+        name = f"layers.0.mlp.{leaf}.weight"
+        tensor = read(name, whole(shapes[name]))
+        assert abs(float(tensor.std()) / deviation - 1) < 5 / (2 * tensor.numel()) ** 0.5, name
 
 
 def test_names_and_seeds_are_streams_of_their_own() -> None:

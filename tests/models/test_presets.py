@@ -1,13 +1,16 @@
 """Presets against what was published: exact parameter counts, transformers' defaults, config.json there and back."""
 
+from math import prod
+
 import pytest
+import torch
 import transformers
 
 from framework.core.errors import UsageError
 from framework.core.registry import lookup
 from framework.models.init import parameter_shapes
 from framework.models.presets import preset, presets
-from framework.planning.parameters import num_parameters
+from framework.planning.parameters import active_parameters, num_parameters
 from tests.models.families.test_settings import PUBLISHED
 
 OURS = {"tiny", "124m", "350m", "1b"}  # sizes of nobody's model
@@ -18,6 +21,7 @@ COUNTS = {name: number for name, (_, _, number) in PUBLISHED.items() if name != 
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
     "glm-4-0414-9b": 9_400_279_040,
     "bloom-7b": 7_069_016_064,
     "smollm2-135m": 134_515_008,
@@ -33,9 +37,19 @@ def test_every_preset_is_held_against_a_published_number() -> None:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
-    shapes = parameter_shapes(preset(name)).values()
-    assert sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes) == COUNTS[name]
+    assert sum(map(prod, parameter_shapes(preset(name)).values())) == COUNTS[name]
     assert num_parameters(preset(name)) == COUNTS[name]
+
+
+def test_what_a_token_meets_of_a_mixture() -> None:
+    """Published as 30.5B and 3.3B; transformers' own model has as many. 120 of 128 experts stand idle in 48 layers."""
+    model = preset("qwen3-30b-a3b")
+    config = transformers.Qwen3MoeConfig(**lookup("family", model.family).config_to(model))
+    with torch.device("meta"):
+        theirs = transformers.Qwen3MoeForCausalLM(config)
+    assert sum(p.numel() for p in theirs.parameters()) == COUNTS["qwen3-30b-a3b"]
+    assert active_parameters(model) == COUNTS["qwen3-30b-a3b"] - 48 * 120 * 3 * 2048 * 768 == 3_353_032_704
+    assert active_parameters(preset("qwen3-8b")) == COUNTS["qwen3-8b"]
 
 
 @pytest.mark.parametrize("name", sorted(set(COUNTS) | OURS))

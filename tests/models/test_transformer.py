@@ -141,8 +141,9 @@ def test_right_padding_is_not_seen(config: ModelConfig) -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("config", AXES.values(), ids=AXES.keys())
 def test_no_token_sees_the_future_and_each_sees_its_past(config: ModelConfig, documents: bool) -> None:
-    """Changing token 6 leaves states 0..5 as they are, bit for bit, and moves 6 and 7; gradients say the same."""
-    model = drawn(config)
+    """Changing token 6 leaves states 0..5 as they are, bit for bit, and moves 6 and 7; gradients say the same. How many
+    rows an expert has does change: they have their bits in strict mode."""
+    model = drawn(config, strict=config.moe.experts > 0)
     x = tokens(1, 8)
     ids = torch.ones_like(x) if documents else None
     other = x.clone()
@@ -182,8 +183,8 @@ def test_a_part_without_head_and_embedding_has_no_logits() -> None:
 def test_builds_and_runs_on_the_meta_device(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config)
-        hidden = model(torch.zeros(2, 9, dtype=torch.long))
-    assert model.logits(hidden).shape == (2, 9, 37)
+        if not config.moe.experts:  # how long each expert's part is stands in the numbers, which are not there
+            assert model.logits(model(torch.zeros(2, 9, dtype=torch.long))).shape == (2, 9, 37)
     assert not list(model.buffers())
     assert all(p.is_meta for p in model.parameters())
 

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from framework.core.records import TokenBatch, count
-from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, MoeConfig, Norm, NormPlace, Position
 from framework.models.scorer import Scorer
 from framework.models.transformer import Transformer
 from framework.parallel.config import Recompute
@@ -31,6 +31,9 @@ GPT = ModelConfig(
     position=Position.LEARNED, attention_bias=Bias.ALL, mlp_bias=True,
 )  # fmt: skip
 POST = ModelConfig(vocab_size=101, hidden_size=64, num_layers=2, norm_place=NormPlace.POST, activation=Activation.RELU)
+MOE = ModelConfig(
+    vocab_size=101, hidden_size=64, num_layers=2, num_heads=4, moe=MoeConfig(experts=6, top_k=3, intermediate_size=48)
+)
 SHAPES = [(4, 32), (2, 96)]  # rows, places
 
 
@@ -68,7 +71,7 @@ def formula(model: ModelConfig, load: Load, again: Recompute) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("model", [LLAMA, GPT, POST], ids=["llama", "gpt", "post"])
+@pytest.mark.parametrize("model", [LLAMA, GPT, POST, MOE], ids=["llama", "gpt", "post", "moe"])
 def test_a_forward_keeps_what_the_formula_says(model: ModelConfig, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for again in (Recompute.NONE, Recompute.FULL):
         by_formula = formula(model, Load(*shape, compute=dtype.itemsize), again)
@@ -77,7 +80,7 @@ def test_a_forward_keeps_what_the_formula_says(model: ModelConfig, shape: tuple[
         ), again
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT, POST], ids=["llama", "gpt", "post"])
+@pytest.mark.parametrize("model", [LLAMA, GPT, POST, MOE], ids=["llama", "gpt", "post", "moe"])
 def test_selective_recomputation_keeps_what_products_gave(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks do not see its cache, which torch makes for each block."""
     caches: list[Any] = []

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from framework.models.config import Activation, Bias, ModelConfig, Norm, NormPlace, Position
+from framework.models.config import Activation, Bias, ModelConfig, MoeConfig, Norm, NormPlace, Position
 from framework.models.transformer import Transformer
-from framework.planning.parameters import Entry, block, num_parameters, root
+from framework.planning.parameters import Entry, active_parameters, block, num_parameters, root
 
 AXES = list(itertools.product([True, False], [Activation.SWIGLU, Activation.GELU], [Norm.RMS, Norm.LAYER], [1, 4]))
 
@@ -32,16 +32,22 @@ def test_the_table_counts_every_parameter(flag: bool, activation: Activation, no
     "more",
     [
         {"qk_norm": True, "attention_bias": Bias.QKV, "norm_place": NormPlace.SANDWICH, "activation": Activation.GEGLU},
+        {
+            "norm_place": NormPlace.SANDWICH,
+            "moe": MoeConfig(experts=5, top_k=2, intermediate_size=14, shared=10, shared_gate=True, every=2),
+        },
         {"embedding_norm": True, "position": Position.ALIBI, "norm": Norm.LAYER, "norm_place": NormPlace.DEEP},
     ],
-    ids=["sandwich", "deep"],
+    ids=["sandwich", "moe", "deep"],
 )
 def test_norms_of_other_places_and_biases_of_some(more: dict[str, Any]) -> None:
     config = ModelConfig(vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, **more)
     with torch.device("meta"):
         model = Transformer(config)
-    table = [entry.shape for entry in root(config) + 3 * block(config)]
+    table = [entry.shape for entry in [*root(config), *(e for layer in range(3) for e in block(config, layer))]]
     assert sorted(table) == sorted(tuple(p.shape) for p in model.parameters())
+    idle = (5 - 2) * 3 * 24 * 14 if config.moe.experts else 0  # of layer 1, the only one with experts
+    assert num_parameters(config) - active_parameters(config) == idle
 
 
 def test_llama_2_7b_has_its_published_size() -> None:

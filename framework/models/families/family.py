@@ -6,7 +6,7 @@ from typing import Any
 
 from framework.models.config import ModelConfig
 from framework.models.families.settings import Setting, read_all, write_all
-from framework.models.families.tensors import Entry, Piece, Shape, pieces
+from framework.models.families.tensors import Entry, Place, Shape, pieces
 
 HEADS = (Entry("lm_head", ("head",)), Entry("score", ("class_head",)))
 
@@ -26,7 +26,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)  # ends of names in older files -> today's
     covers: str = ""  # the published models that it holds
 
-    def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
+    def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Place]:
         """Where each of our parameters lies in their tensors."""
         return pieces((*self.table, *self.heads), shapes, heads)
 

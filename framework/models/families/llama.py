@@ -1,13 +1,14 @@
 """Llama and its descendants: rotary positions, RMS norms, SwiGLU. They differ in biases, windows, norms of q and k.
 
 Llama 1 to 3 (Touvron et al. 2023, Dubey et al. 2024), Mistral (Jiang et al. 2023), Qwen2 and 2.5, Qwen3 (Yang et al.
-2024, 2025), GLM-4-9B and GLM-4-0414 (GLM team 2024). Left out: mixtures of experts.
+2024, 2025), the latter two with experts in place of feed-forward blocks as well, GLM-4-9B and GLM-4-0414 (GLM team
+2024). Left out: other mixtures (Mixtral, DeepSeek).
 """
 
 from framework.core.registry import register
 from framework.models.config import Activation, Bias, Norm, NormPlace, Position
 from framework.models.families.family import Family
-from framework.models.families.settings import SILU, Always, Key, Only, Rope, Setting, Window
+from framework.models.families.settings import SILU, Always, Experts, Key, Only, Rope, Setting, Window
 from framework.models.families.tensors import Entry
 
 _LAYER = "model.layers.{}."
@@ -29,6 +30,14 @@ _MLP = tuple(Entry(f"{_LAYER}mlp.{x}_proj", (f"layers.{{}}.mlp.{x}",)) for x in 
 _FUSED_MLP = (
     Entry(_LAYER + "mlp.gate_up_proj", ("layers.{}.mlp.gate", "layers.{}.mlp.up")),
     Entry(_LAYER + "mlp.down_proj", ("layers.{}.mlp.down",)),
+)
+_EXPERTS = (
+    Entry(_LAYER + "mlp.gate", ("layers.{}.mlp.router",)),
+    *(Entry(f"{_LAYER}mlp.experts.{{}}.{x}_proj", (f"layers.{{}}.mlp.experts.{x}",)) for x in ("gate", "up", "down")),
+)
+_SHARED = (
+    Entry(_LAYER + "mlp.shared_expert_gate", ("layers.{}.mlp.shared_gate",)),
+    *(Entry(f"{_LAYER}mlp.shared_expert.{x}_proj", (f"layers.{{}}.mlp.shared.{x}",)) for x in ("gate", "up", "down")),
 )
 _TABLE = (*_OUTER, *_ATTENTION, *_NORMS, *_MLP)
 
@@ -105,6 +114,30 @@ FAMILIES = (
             _llama(qk_norm=True),
         ),
         covers="Qwen3, dense",
+    ),
+    Family(
+        "qwen2_moe", "Qwen2Moe", "model.", (*_TABLE, *_EXPERTS, *_SHARED),
+        (
+            *_settings(eps=1e-6, positions=32768, kv=16),
+            Rope(),
+            Only("use_sliding_window", False),
+            Key("attention_bias", "qkv_bias", Bias.QKV, {Bias.NONE: False, Bias.QKV: True}),
+            Experts(size=1408, experts=60, top_k=4, shared=5632),
+            _llama(),
+        ),
+        covers="Qwen1.5-MoE, Qwen2-57B-A14B",
+    ),
+    Family(
+        "qwen3_moe", "Qwen3Moe", "model.", (*_TABLE, *_QK_NORMS, *_EXPERTS),
+        (
+            *_settings(eps=1e-6, positions=32768, kv=4),
+            Rope(),
+            Only("use_sliding_window", False),
+            Key("attention_bias", "attention_bias", Bias.NONE, {Bias.NONE: False, Bias.ALL: True}),
+            Experts(size=768, experts=128, top_k=8),
+            _llama(qk_norm=True),
+        ),
+        covers="Qwen3-30B-A3B, Qwen3-235B-A22B",
     ),
     Family(
         "glm", "Glm", "model.", (*_OUTER, *_ATTENTION, *_NORMS, *_FUSED_MLP),

@@ -15,7 +15,7 @@ from framework.core.registry import register
 from framework.models.config import ModelConfig
 from framework.models.families.family import HEADS, Family
 from framework.models.families.settings import Keys
-from framework.models.families.tensors import Entry, Piece, Shape, pieces
+from framework.models.families.tensors import Entry, Place, Shape, pieces
 
 _AXES = "axes"
 
@@ -41,7 +41,7 @@ class Everything:
 class Own(Family):
     """Every tensor by its logical name, but for the heads'."""
 
-    def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
+    def pieces(self, shapes: Mapping[str, Shape], heads: int) -> dict[str, Place]:
         """See `Family`."""
         taken = {module for entry in HEADS for module in entry.ours}
         modules = dict.fromkeys(re.sub(r"\d+", "{}", name.rpartition(".")[0]) for name in shapes)

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from framework.core.errors import UsageError
-from framework.models.config import Activation, ModelConfig, RopeScaling, Scaling
+from framework.models.config import Activation, ModelConfig, MoeConfig, RopeScaling, Scaling
 
 Keys = Mapping[str, Any]
 REQUIRED = object()
@@ -218,6 +218,69 @@ class Window:
                 f"config.json: layer_types={list(kinds)} is not computed here: a window begins at one layer and "
                 "goes on to the last"
             )
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of Qwen's: `num_experts` of `moe_intermediate_size`, in every layer that `decoder_sparse_step` divides,
+    counted from 1, but for the first ones, `mlp_only_layers`. The rest: what an absent key means; `shared` 0: no such
+    key. The load-balance loss is asked for by `output_router_logits`, and its coefficient carried as it is, though
+    transformers' formula is k times ours, of all layers and rows together (`models.moe`)."""
+
+    size: int
+    experts: int
+    top_k: int
+    shared: int = 0
+
+    def read(self, theirs: Keys) -> dict[str, Any]:
+        count = self._of(theirs, "num_experts", self._of(theirs, "num_local_experts", self.experts))
+        if not count:
+            return {"moe": MoeConfig()}
+        asked = theirs.get("output_router_logits", False)
+        return {
+            "moe": MoeConfig(
+                experts=count,
+                top_k=self._of(theirs, "num_experts_per_tok", self.top_k),
+                intermediate_size=self._of(theirs, "moe_intermediate_size", self.size),
+                shared=self._of(theirs, "shared_expert_intermediate_size", self.shared) if self.shared else 0,
+                shared_gate=self.shared > 0,
+                normalise=bool(theirs.get("norm_topk_prob", False)),
+                first=self._first(theirs),
+                every=self._of(theirs, "decoder_sparse_step", 1),
+                balance=float(theirs.get("router_aux_loss_coef", 0.001)) if asked else 0.0,
+            )
+        }
+
+    @staticmethod
+    def _of(theirs: Keys, key: str, default: int) -> int:
+        value = theirs.get(key)
+        value = default if value is None else value
+        if type(value) is not int:
+            raise UsageError(f"config.json: {key}={value!r}: sizes are whole numbers")
+        return value
+
+    @staticmethod
+    def _first(theirs: Keys) -> int:
+        plain = sorted(theirs.get("mlp_only_layers") or ())
+        if plain != list(range(len(plain))):
+            raise UsageError(f"config.json: mlp_only_layers={plain} is not computed here: only the first ones")
+        return len(plain)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        moe = config.explicit().moe
+        balance = {"router_aux_loss_coef": moe.balance} if moe.balance else {}
+        shared = {"shared_expert_intermediate_size": moe.shared} if self.shared else {}
+        return {
+            "num_experts": moe.experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.intermediate_size,
+            **shared,
+            "norm_topk_prob": moe.normalise,
+            "decoder_sparse_step": moe.every,
+            "mlp_only_layers": list(range(moe.first)),
+            "output_router_logits": moe.balance > 0,
+            **balance,
+        }
 
 
 SILU = Only("hidden_act", "silu")

@@ -2,8 +2,8 @@
 
 An entry names one module of theirs and the modules of ours that make it up, one after another, or head by head; its
 weight and its bias follow the same entry. So a tensor of ours is some runs of rows of one of theirs (`Piece`), and the
-pieces of one of theirs cover its rows once. torch is imported where tensors move, so that the families can be listed
-without it.
+pieces of one of theirs cover its rows once; or it is several of theirs one upon another, the experts of a layer
+(`Stack`). torch is imported where tensors move, so that the families can be listed without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """Their module and ours; "{}" stands for the number of a layer.
+    """Their module and ours; "{}" stands for the number of a layer, a second one of theirs for that of an expert.
 
     Example, GPT-2: Entry("transformer.h.{}.attn.c_attn", ("layers.{}.attention.q", "...k", "...v"), transposed=True).
     """
@@ -81,17 +81,43 @@ class Piece:
         return self.transposed and len(self.shape) == 2
 
 
-def pieces(table: Iterable[Entry], shapes: Mapping[str, Shape], heads: int) -> dict[str, Piece]:
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of ours [E,...] whose first index counts tensors of theirs. Example: Stack((Piece(...), Piece(...)))"""
+
+    parts: tuple[Piece, ...]
+
+    def read(self, find: Callable[[str], Any], box: Box) -> Tensor:
+        """Our box out of those of theirs that it touches; `find` gives a safetensors slice by their name."""
+        import torch
+
+        (first, count), *inner = box
+        return torch.stack([p.read(find(p.theirs), tuple(inner)) for p in self.parts[first : first + count]])
+
+
+Place = Piece | Stack
+
+
+def parts_of(place: Place) -> tuple[Piece, ...]:
+    """The pieces of a place, one for each tensor of theirs."""
+    return place.parts if isinstance(place, Stack) else (place,)
+
+
+def pieces(table: Iterable[Entry], shapes: Mapping[str, Shape], heads: int) -> dict[str, Place]:
     """Where each parameter of ours lies, by its name; `shapes` are ours. KeyError: the table has no place for one."""
     places = {module: (entry, index) for entry in table for index, module in enumerate(entry.ours)}
     return {name: _piece(name, places, shapes, heads) for name in shapes}
 
 
-def _piece(name: str, places: Mapping[str, tuple[Entry, int]], shapes: Mapping[str, Shape], heads: int) -> Piece:
+def _piece(name: str, places: Mapping[str, tuple[Entry, int]], shapes: Mapping[str, Shape], heads: int) -> Place:
     module, _, leaf = name.rpartition(".")
     number = re.search(r"\d+", module)
     entry, index = places[re.sub(r"\d+", "{}", module)]
     layer = number[0] if number else ""
+    if entry.theirs.count("{}") == 2:
+        count, *shape_of_one = shapes[name]
+        names = [f"{entry.theirs.format(layer, expert)}.{leaf}" for expert in range(count)]
+        return Stack(tuple(_all_of(theirs, tuple(shape_of_one)) for theirs in names))
     sizes = [shapes[f"{ours.format(layer)}.{leaf}"][0] for ours in entry.ours]
     shape = (sum(sizes), *shapes[name][1:])
     groups = heads if entry.by_head else 1
@@ -105,13 +131,16 @@ def _piece(name: str, places: Mapping[str, tuple[Entry, int]], shapes: Mapping[s
     )
 
 
-def joined(weights: Iterable[tuple[str, Tensor]], piece_of: Callable[[str], Piece]) -> Iterator[tuple[str, Tensor]]:
+def _all_of(theirs: str, shape: Shape) -> Piece:
+    return Piece(theirs, shape, first=0, run=shape[0], stride=shape[0], transposed=False)
+
+
+def joined(weights: Iterable[tuple[str, Tensor]], place_of: Callable[[str], Place]) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) pairs -> (their name, tensor): each of theirs as soon as all of it is there."""
     import torch
 
     begun: dict[str, tuple[Tensor, int]] = {}
-    for name, ours in weights:
-        piece = piece_of(name)
+    for piece, ours in _taken_apart(weights, place_of):
         theirs, missing = begun.pop(piece.theirs, (None, 0))
         if theirs is None:
             theirs = torch.empty(piece.shape, dtype=ours.dtype)
@@ -123,3 +152,11 @@ def joined(weights: Iterable[tuple[str, Tensor]], piece_of: Callable[[str], Piec
             begun[piece.theirs] = (theirs, missing - ours.numel())
     if begun:
         raise ValueError(f"parts of {', '.join(begun)} were not given")
+
+
+def _taken_apart(
+    weights: Iterable[tuple[str, Tensor]], place_of: Callable[[str], Place]
+) -> Iterator[tuple[Piece, Tensor]]:
+    for name, ours in weights:
+        place = place_of(name)
+        yield from zip(parts_of(place), ours if isinstance(place, Stack) else (ours,), strict=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from framework.core.records import whole
-from framework.models.families.tensors import Entry, joined, pieces
+from framework.models.families.tensors import Entry, Stack, joined, pieces
 
 QKV = ("layers.{}.q", "layers.{}.k", "layers.{}.v")
 
@@ -56,6 +56,29 @@ def test_any_box_of_any_layout_and_back(data: st.DataObject, transposed: bool, b
         )
         (a, rows_), (b, columns_) = box
         assert torch.equal(found[key].read(Stored(theirs), box), tensor[a : a + rows_, b : b + columns_])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_box_of_a_stack_of_experts_and_back(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.integers(1, 4)) for _ in range(3))
+    name, ours = "layers.7.mlp.experts.up.weight", torch.randn(shape)
+    table = [Entry("h.{}.experts.{}.w1", ("layers.{}.mlp.experts.up",))]
+    place = pieces(table, {name: shape}, heads=1)[name]
+    assert isinstance(place, Stack)
+    theirs = dict(joined([(name, ours)], lambda _: place))
+    assert list(theirs) == [f"h.7.experts.{number}.w1.weight" for number in range(shape[0])]
+    for number, tensor in enumerate(theirs.values()):
+        assert torch.equal(tensor, ours[number])
+    box = tuple((start := data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n - start))) for n in shape)
+    opened = []
+
+    def find(their: str) -> Stored:
+        opened.append(their)
+        return Stored(theirs[their])
+
+    assert torch.equal(place.read(find, box), ours[tuple(slice(start, start + length) for start, length in box)])
+    assert len(opened) == box[0][1]  # no other file is touched
 
 
 def test_a_parameter_without_a_place_and_a_tensor_not_whole() -> None:

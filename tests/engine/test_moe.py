@@ -1,0 +1,81 @@
+"""The balance of experts in an engine: any split of a batch, what is computed again, and the formula, from outside."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from framework.core.errors import UsageError
+from framework.core.records import Rows, count
+from framework.engine.config import EngineConfig, Precision
+from framework.engine.plan import check
+from framework.models.config import ModelConfig, MoeConfig
+from framework.models.init import fill, random_weights
+from framework.models.moe import Mixture
+from framework.models.scorer import Scorer
+from framework.models.transformer import Transformer
+from framework.parallel.config import ParallelConfig, Recompute
+from tests.engine.cases import build, deviation, gradients, language_loss, padded, pairs, ranking_loss, rollout
+
+MOE = MoeConfig(experts=5, top_k=2, intermediate_size=7, balance=0.5)
+MODEL = ModelConfig(vocab_size=37, hidden_size=24, num_layers=2, num_heads=3, num_kv_heads=1, init_std=0.3, moe=MOE)
+FP64 = EngineConfig(precision=Precision.FP64)
+
+
+def pulled(
+    rows: Rows, micro_size: int, again: Recompute = Recompute.NONE, model: ModelConfig = MODEL
+) -> dict[str, Tensor]:
+    """Every gradient of one step."""
+    heads = {"num_classes": 1} if rows.__class__.__name__ == "PreferenceBatch" else {}
+    engine = build(None, ParallelConfig(recompute=again), FP64, model, micro_size, **heads)
+    engine.forward_backward(rows, ranking_loss if heads else language_loss)
+    return gradients(engine)
+
+
+def test_any_split_of_a_batch_gives_the_same_gradient() -> None:
+    """Rows of unequal lengths, 1 to 7 a micro-batch, the last one filled up with empty rows."""
+    rows = padded(7)
+    whole = pulled(rows, 7)
+    for micro_size in (1, 2, 4):
+        assert deviation(pulled(rows, micro_size), whole) <= 1e-12
+    assert deviation(pulled(rows, 7, model=replace(MODEL, moe=replace(MOE, balance=0.0))), whole) > 1e-3
+
+
+@pytest.mark.parametrize("again", [Recompute.FULL, Recompute.SELECTIVE])
+def test_what_is_computed_again_is_pulled_at_once(again: Recompute) -> None:
+    rows = padded(5)
+    assert deviation(pulled(rows, 2, again), pulled(rows, 2)) <= 1e-12
+
+
+@pytest.mark.parametrize("rows", [padded(4), rollout(4), pairs(3)], ids=["tokens", "rollout", "pairs"])
+def test_the_gradient_is_that_of_the_loss_with_the_balance_in_it(rows: Rows) -> None:
+    """Both added up in the open, by autograd, from probabilities that a hook hands out. A pair is two sequences."""
+    is_pairs = len(rows.inputs()) > len(rows)
+    with torch.device("meta"):
+        scorer = Scorer(Transformer(MODEL), num_classes=int(is_pairs))
+    fill(scorer.model, random_weights(MODEL, 7), torch.float64)
+    if scorer.class_head is not None:
+        weight = random_weights(MODEL, 7)("class_head.weight", ((0, 1), (0, 24)))
+        scorer.class_head.weight = torch.nn.Parameter(weight.double())
+    routers: list[Tensor] = []
+    for layer in scorer.model.layers.values():
+        assert isinstance(layer.mlp, Mixture)
+        layer.mlp.router.register_forward_hook(lambda module, inputs, logits: routers.append(logits))
+    loss, _ = (ranking_loss if is_pairs else language_loss)(scorer(rows), rows, count(rows))
+    real = rows.inputs().document_ids > 0
+    for logits in routers:
+        for b in range(len(real)):
+            p = logits[b][real[b]].softmax(-1)
+            f = torch.nn.functional.one_hot(p.topk(2).indices, 5).sum(1).double().mean(0) * 5 / 2
+            loss = loss + 0.5 / len(real) * (f * p.mean(0)).sum()
+    loss.backward()
+    expected = {name.removeprefix("model."): p.grad for name, p in scorer.named_parameters() if p.grad is not None}
+    assert deviation(pulled(rows, 2), expected) <= 1e-12
+
+
+def test_what_does_not_go_with_experts_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"model\.moe\.balance=0\.5 does not go with parallel\.context=2"):
+        check(MODEL, ParallelConfig("cp", context=2), EngineConfig(), 2)
+    with pytest.raises(UsageError, match=r"engine\.compile=true does not go with model\.moe\.experts=5"):
+        check(MODEL, ParallelConfig(), EngineConfig(compile=True), 1)
