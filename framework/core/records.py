@@ -89,6 +89,7 @@ class TokenBatch(Record):
     document_ids: Tensor  # [B, T] int64
     prefix_lengths: Tensor | None = None  # [B, T] int64: how many of its document's tokens all of it may see
     token_types: Tensor | None = None  # [B, T] int64: which part of a pair a token is of
+    source: TokenBatch | None = None  # [B, S]: what an encoder reads; of its labels none counts
 
     def inputs(self) -> TokenBatch:
         return self

@@ -77,7 +77,8 @@ def assemble(plan: Plan, index: Array, capacity: int, item: Callable[[int], tupl
             tokens[place], labels[place], loss_mask[place] = ids[:-1], ids[1:], mask[1:]
             positions[place], documents[place] = np.arange(len(ids) - 1), number
             column += len(ids) - 1
-    return TokenBatch(*map(torch.from_numpy, (tokens, labels, loss_mask, positions, documents)))
+    read = torch.from_numpy
+    return TokenBatch(read(tokens), read(labels), read(loss_mask), read(positions), read(documents))
 
 
 def _fill(lengths: Array, capacity: int) -> list[list[int]]:

@@ -66,7 +66,8 @@ class PairRows(PreparedRows):
             tokens[b, :size], documents[b, :size] = ids, 1
             labels[b, : size - 1], loss_mask[b, : size - 1] = ids[1:], mask[1:]
         positions = np.arange(self.max_tokens) * documents
-        return TokenBatch(*map(torch.from_numpy, (tokens, labels, loss_mask, positions, documents)))
+        read = torch.from_numpy
+        return TokenBatch(read(tokens), read(labels), read(loss_mask), read(positions), read(documents))
 
 
 def render_pairs(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -> list[Prepared | Skip]:

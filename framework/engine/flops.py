@@ -53,6 +53,8 @@ def _matrices(config: ModelConfig, layer: int) -> dict[str, int]:
     size, moe = config.head_size, config.moe
     matrices = {"attention.q": config.num_heads * size, "attention.o": config.num_heads * size}
     matrices |= dict.fromkeys(("attention.k", "attention.v"), config.kv_heads * size)
+    if config.encoder:
+        matrices |= dict.fromkeys(("cross.q", "cross.o"), config.num_heads * size)
     leaves = ("gate", "up", "down") if config.activation.is_gated else ("up", "down")
     if not moe.at(layer):
         return matrices | {f"mlp.{leaf}": config.feed_forward_size for leaf in leaves}
@@ -75,9 +77,10 @@ def training_work(
     """Of forward and backward over `rows`. `scores_labels` False: the output head does not run (critic, classifier).
 
     `frozen`: names of parameters that do not learn; a pass backward then ends in front of the first layer that does.
-    An adapter's own products are not counted.
+    An adapter's own products are not counted, and an encoder beside a decoder as if all of it learned.
     """
     inputs = rows.inputs()
+    read = _reading_work(config, inputs) if config.encoder else Work()
     real = inputs.document_ids > 0
     tokens, labels = int(real.sum()), int(inputs.loss_mask.sum())
     near, far = (int((_seen(config, inputs, window) * real).sum()) for window in (config.window, 0))
@@ -91,7 +94,20 @@ def training_work(
         head = multiplied_weights(config)[1] * (2 + (head_name not in frozen))
     per_key = 4 * config.num_heads * config.head_size
     exact = 2.0 * (layers * tokens + head * labels) + per_key * attention
-    return Work(tokens, 2.0 * (layers + head) * tokens, exact)
+    return Work(tokens, 2.0 * (layers + head) * tokens, exact) + read
+
+
+def _reading_work(config: ModelConfig, inputs: TokenBatch) -> Work:
+    """Of an encoder over what it reads, and of the keys, values and scores that a decoder makes of that."""
+    assert config.encoder is not None
+    assert inputs.source is not None
+    encoder = training_work(config.encoder, inputs.source, scores_labels=False)
+    keys = 2 * config.kv_heads * config.head_size * config.hidden_size * config.num_layers
+    made = 6.0 * keys * encoder.tokens
+    pairs = (inputs.document_ids.unsqueeze(2) == inputs.source.document_ids.unsqueeze(1)).sum((1, 2))
+    padding = (inputs.document_ids == 0).sum(1) * (inputs.source.document_ids == 0).sum(1)
+    scores = 12.0 * config.num_heads * config.head_size * config.num_layers * float((pairs - padding).sum())
+    return Work(encoder.tokens, encoder.parameters + made, encoder.exact + made + scores)
 
 
 def _seen(config: ModelConfig, inputs: TokenBatch, window: int) -> Tensor:

@@ -47,7 +47,8 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])
     sees = f"architecture={model.architecture.value}"
     looks_ahead = model.architecture is not Architecture.CAUSAL
-    unknown = {"position=alibi": model.position is Position.ALIBI, "window": model.window > 0, sees: looks_ahead}
+    biased = model.position in (Position.ALIBI, Position.RELATIVE)
+    unknown = {f"position={model.position.value}": biased, "window": model.window > 0, sees: looks_ahead}
     for axis, is_set in unknown.items():
         require(
             sizes["context"] == 1 or not is_set,
@@ -56,6 +57,12 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         )
     _check_experts(model, parallel, engine, sizes["context"])
     stages = sizes["pipeline"] * parallel.stages_per_rank
+    for axis, is_set in ((sees, model.encoder is not None), ("position=relative", model.position is Position.RELATIVE)):
+        require(
+            sizes["pipeline"] == 1 or not is_set,
+            f"model.{axis} does not go with parallel.pipeline={sizes['pipeline']}, whose stages would all need its "
+            "encoder or its table of positions; choose parallel=fsdp, tp or fsdp_tp",
+        )
     require(
         sizes["pipeline"] == 1 or stages <= model.num_layers,
         f"model.num_layers={model.num_layers} cannot be cut into {stages} pipeline stages (parallel.pipeline="
@@ -130,11 +137,16 @@ def plan(scorer: Scorer, layers: range, parallel: ParallelConfig, mesh: Mesh) ->
     config = scorer.model.config
     first, last = layers.start == 0, layers.stop == config.num_layers
     return Plan(
-        blocks=[f"model.layers.{i}" for i in layers],
+        blocks=[*_encoder_layers(config), *(f"model.layers.{i}" for i in layers)],
         styles=_styles(scorer, layers, first, last) if mesh.size("tensor") > 1 else {},
         exchanged=_exchanged(scorer, layers, last, parallel, mesh),
         dropped=_dropped(scorer, layers, first, last),
     )
+
+
+def _encoder_layers(config: ModelConfig) -> list[str]:
+    """Of an encoder beside a decoder."""
+    return [f"model.encoder.layers.{i}" for i in range(config.encoder.num_layers)] if config.encoder else []
 
 
 def _dropped(scorer: Scorer, layers: range, first: bool, last: bool) -> list[str]:
@@ -152,6 +164,11 @@ def _styles(scorer: Scorer, layers: range, first: bool, last: bool) -> dict[str,
         styles |= {f"model.layers.{number}.{name}": style for name, style in named.items()}
     if first:
         styles |= {f"model.{name}": style for name, style in _BEGIN.items()}
+        styles |= {
+            f"{layer}.{name}": style for layer in _encoder_layers(scorer.model.config) for name, style in _LAYER.items()
+        }
+        styles |= {"model.encoder.relative": tensor.columns_of_table, "model.encoder.norm": tensor.places}
+        styles |= {"model.encoder": tensor.ends_whole}
     if last:
         whole = tensor.ends_whole if scorer.scores_labels else tensor.ends_whole_for_all
         styles |= {"model.norm": tensor.places, "model.head": tensor.columns, "model.head_bias": tensor.columns}
@@ -164,6 +181,7 @@ _BEGIN: dict[str, tensor.Style] = {
     "position_embedding": tensor.own_places,
     "type_embedding": tensor.own_places,
     "embedding_norm": tensor.places,
+    "relative": tensor.columns_of_table,
 }
 _LAYER: dict[str, tensor.Style] = {
     "attention_norm": tensor.places,
@@ -175,6 +193,12 @@ _LAYER: dict[str, tensor.Style] = {
     "attention.q_norm": tensor.places,
     "attention.k_norm": tensor.places,
     "attention_out_norm": tensor.places,
+    "cross_norm": tensor.places,
+    "cross": tensor.all_places,
+    **{f"cross.{x}": tensor.columns for x in "qkv"},
+    "cross.o": tensor.rows,
+    "cross.q_norm": tensor.places,
+    "cross.k_norm": tensor.places,
     "mlp_out_norm": tensor.places,
     "mlp_norm": tensor.places,
     "mlp": tensor.all_places,

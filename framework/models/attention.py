@@ -29,6 +29,8 @@ class Context:
     cache: CacheView | None
     keys: int  # S: how many keys a query is shown
     real: Tensor | None = None  # [B,T] bool: False at padding, which has no part in the balance of experts
+    source: Tensor | None = None  # [B,S,D]: what an encoder has read
+    across: View | None = None  # what of it a query sees
 
 
 class AttentionCore(nn.Module):
@@ -58,18 +60,37 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
         self.core = AttentionCore(strict)
         self.head_size = config.head_size
+        self.unscaled = not config.scaled_scores
         self.interleaved = config.rope_interleaved
         self.windowed = config.windowed(index)
         self.index = index
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_size)) for project in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._projected(x, x)
         if context.rotary is not None:
             q, k = (turn(x, context.rotary, self.interleaved) for x in (q, k))
         if context.cache is not None:
             k, v = context.cache.extend(self.index, k, v, context.positions, context.keys)
         view = context.near if self.windowed else context.whole
         return self.o(self.core(q, k, v, view.mask, view.causal).flatten(2))
+
+    def _projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of x[B,T,D], k and v of source[B,S,D], by heads."""
+        q, k, v = self.q(x), self.k(source), self.v(source)
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q * self.head_size**0.5 if self.unscaled else q, k, v
+
+
+class CrossAttention(Attention):
+    """Attention to what an encoder has read: nothing turns, for there is no distance between two texts. Keys and values
+    are made anew at every call."""
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x[B,T,D] -> [B,T,D]."""
+        assert context.source is not None
+        assert context.across is not None
+        q, k, v = self._projected(x, context.source)
+        return self.o(self.core(q, k, v, context.across.mask, context.across.causal).flatten(2))

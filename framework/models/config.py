@@ -1,6 +1,6 @@
 """The architecture as data: every axis on which the families of the field differ, one field each.
 
-Left out: encoders with a decoder, capped scores.
+Left out: capped scores.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,6 +14,7 @@ class Architecture(Choice):
     CAUSAL = "causal"  # those before it, and itself (Radford et al. 2018)
     PREFIX = "prefix"  # likewise, and all of the document's first part, which sees itself whole (Dong et al. 2019)
     ENCODER = "encoder"  # all of them (Devlin et al. 2018)
+    ENCODER_DECODER = "encoder_decoder"  # those before it, and all that an encoder has read (Vaswani et al. 2017; T5)
 
 
 class Position(Choice):
@@ -22,6 +23,7 @@ class Position(Choice):
     ROTARY = "rotary"  # q and k turned by angles that grow with the position (Su et al. 2021)
     LEARNED = "learned"  # a vector a position, added to the embedding (Radford et al. 2018)
     ALIBI = "alibi"  # -slope of the head x distance, added to the scores (Press et al. 2022)
+    RELATIVE = "relative"  # a learned number a head and bucket of distances, added to the scores (Raffel et al. 2020)
     NONE = "none"  # it does not, but for the mask (Haviv et al. 2022)
 
 
@@ -147,18 +149,24 @@ class ModelConfig:
     vocab_size: int = 0  # V, rows of the embedding and of the head; a tokenizer may have fewer tokens, not more
     hidden_size: int = 128  # D, the width of the residual stream
     num_layers: int = 4  # blocks of attention and feed-forward (Vaswani et al. 2017)
+    encoder_layers: int = 0  # of the encoder beside a decoder; 0 = num_layers
     num_heads: int = 4  # N: softmax(q k / sqrt(H)) v in each, then o (Vaswani et al. 2017, section 3.2)
     num_kv_heads: int = 0  # 0 = num_heads; fewer: each serves a group (Ainslie et al. 2023), 1: all (Shazeer 2019)
     head_dim: int = 0  # H; 0 = hidden_size / num_heads
     intermediate_size: int = 0  # 0 = 8/3 hidden_size up to a multiple of 32 (gated), else 4 hidden_size
     max_positions: int = 2048  # the context: how many learned positions there are; generation stops there
     position: Position = Position.ROTARY
+    relative_buckets: int = (
+        32  # half of them one distance each, half wider and wider; an encoder has them for both sides
+    )
+    relative_distance: int = 128  # from here on all distances share a bucket
     rope_theta: float = 10000.0  # frequency i turns by theta^(-2i/H) a position
     rope_fraction: float = 1.0  # the first part of each head that turns (GLM: a half)
     rope_interleaved: bool = False  # turn numbers 2i and 2i+1 together (GLM), not i and i+H/2
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     window: int = 0  # a token sees so many, itself included (Beltagy et al. 2020; Mistral); 0 = all before it
     window_from: int = 0  # the first layer with the window
+    scaled_scores: bool = True  # q k / sqrt(head_dim); false: q k (T5)
     qk_norm: bool = False  # RMS norm of each head's q and k before they turn (Henry et al. 2020; Qwen3)
     norm: Norm = Norm.RMS
     norm_place: NormPlace = NormPlace.PRE
@@ -170,6 +178,7 @@ class ModelConfig:
     mlp_bias: bool = False  # of the feed-forward's projections
     head_transform: bool = False  # logits = W norm(act(A x + a)) + b in place of W x (BERT)
     moe: MoeConfig = field(default_factory=MoeConfig)
+    scaled_head: bool = False  # the head reads hidden / sqrt(hidden_size) (T5)
     tied: bool = True  # the head's matrix is the embedding's (Press & Wolf 2017)
     init_std: float = 0.02  # of drawn weights; those back into the residual stream / sqrt(2 num_layers) (GPT-2)
 
@@ -192,6 +201,29 @@ class ModelConfig:
             f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_size} must be an even number",
         )
         self._check_experts()
+        self._check_stacks()
+
+    def _check_stacks(self) -> None:
+        """An encoder beside a decoder, and what both take from each other."""
+        both = self.architecture is Architecture.ENCODER_DECODER
+        require(both or self.encoder_layers == 0, "model.encoder_layers goes with model.architecture=encoder_decoder")
+        unknown = {
+            f"norm_place={self.norm_place}": self.norm_place is not NormPlace.PRE,
+            "position=learned": self.position is Position.LEARNED,
+            "embedding_norm=true": self.embedding_norm,
+            f"token_types={self.token_types}": self.token_types > 0,
+        }
+        for axis, is_set in unknown.items():
+            require(not (both and is_set), f"model.{axis} does not go with model.architecture=encoder_decoder")
+        require(
+            self.relative_buckets >= 4 and self.relative_buckets % 4 == 0,
+            f"model.relative_buckets={self.relative_buckets} must be a multiple of 4",
+        )
+        require(
+            self.relative_distance > self.relative_buckets // 2,
+            f"model.relative_distance={self.relative_distance} must be more than half of model.relative_buckets="
+            f"{self.relative_buckets}: that many distances have a bucket of their own",
+        )
 
     def _check_experts(self) -> None:
         moe = self.moe
@@ -248,6 +280,21 @@ class ModelConfig:
         return int(self.head_size * self.rope_fraction)
 
     @property
+    def encoder(self) -> "ModelConfig | None":
+        """The stack beside a decoder that reads: of its sizes, on its embedding, seeing all."""
+        if self.architecture is not Architecture.ENCODER_DECODER:
+            return None
+        layers = self.encoder_layers or self.num_layers
+        return replace(
+            self,
+            architecture=Architecture.ENCODER,
+            num_layers=layers,
+            encoder_layers=0,
+            tied=True,
+            scaled_head=False,
+        )
+
+    @property
     def ends_with_norm(self) -> bool:
         return self.norm_place in (NormPlace.PRE, NormPlace.SANDWICH)
 
@@ -264,7 +311,14 @@ class ModelConfig:
         """The same model with every derived size written out."""
         inner = self.feed_forward_size
         moe = replace(self.moe, intermediate_size=self.expert_size) if self.moe.experts else MoeConfig()
-        return replace(self, num_kv_heads=self.kv_heads, head_dim=self.head_size, intermediate_size=inner, moe=moe)
+        return replace(
+            self,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_size,
+            intermediate_size=inner,
+            moe=moe,
+            encoder_layers=self.encoder.num_layers if self.encoder else 0,
+        )
 
 
 @dataclass(frozen=True)

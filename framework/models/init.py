@@ -71,7 +71,9 @@ def _deviation(name: str, config: ModelConfig) -> float | None:
     if config.norm_place is NormPlace.DEEP:
         shrinks = module.endswith(("attention.v", "attention.o", ".gate", ".up", ".down"))
         return config.init_std * (8 * config.num_layers) ** -0.25 if shrinks else config.init_std
-    back_into_residual = module.endswith(("attention.o", ".down"))  # of the block, of experts, of the shared one
+    back_into_residual = module.endswith(
+        ("attention.o", "cross.o", ".down")
+    )  # of the block, of experts, of the shared one
     return config.init_std * (2 * config.num_layers) ** -0.5 if back_into_residual else config.init_std
 
 

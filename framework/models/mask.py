@@ -1,7 +1,7 @@
 """Which tokens a token sees: the one place where attention masks are made.
 
 A query sees keys of its own document: of a decoder those up to its own place, and through a window the last `window` of
-them; of a prefix also the document's first part; of an encoder all.
+them; of a prefix also the document's first part; of an encoder all. Of what an encoder has read, its own document's.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,13 @@ def document_mask(document_ids: Tensor) -> Tensor:
 def within(document_ids: Tensor) -> Tensor:
     """[B,1,T,T] bool from document_ids[B,T]: a token sees all of its own document, padding padding."""
     return (document_ids.unsqueeze(2) == document_ids.unsqueeze(1)).unsqueeze(1)
+
+
+def between(document_ids: Tensor, others: Tensor) -> Tensor:
+    """[B,1,T,S] bool from document_ids[B,T] and others[B,S]: a token sees what of the other text has its own id, and
+    padding sees all."""
+    own = document_ids.unsqueeze(2)
+    return ((own == others.unsqueeze(1)) | (own == 0)).unsqueeze(1)
 
 
 def with_prefix(mask: Tensor, in_prefix: Tensor, document_ids: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""How tokens know their place: the cosines and sines of rotary embedding and the slopes of linear biases, computed
-where and when they are used.
+"""How tokens know their place: the cosines and sines of rotary embedding, the slopes of linear biases, the buckets of
+relative ones, computed where and when they are used.
 
-No table is stored: nothing to initialise, shard, or keep in step with a longer context. Left out: frequencies that
+No table of positions is stored: nothing to keep in step with a longer context. Left out: frequencies that
 depend on the longest row of a batch (dynamic NTK), with which a row's answer would depend on the other rows.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cuda_ext.rotary.op import rotary
-from framework.models.config import ModelConfig, RopeScaling, Scaling
+from framework.models.config import Architecture, ModelConfig, RopeScaling, Scaling
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -101,3 +101,36 @@ class Alibi(nn.Module):
         slopes = torch.tensor(self.slopes, dtype=torch.promote_types(dtype, torch.float32), device=seen.device)
         bias = slopes.view(-1, 1, 1) * distances.unsqueeze(1)
         return bias.masked_fill(~seen, float("-inf")).to(dtype)
+
+
+class RelativeBias(nn.Module):
+    """Turns what a query sees into numbers to add to its scores: one a head and bucket of distances, learned (Raffel et
+    al. 2020, section 2.1). Heads are read off the weight's shape, weight[buckets, N]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
+        self.both_ways = config.architecture is Architecture.ENCODER
+        self.farthest = config.relative_distance
+
+    def forward(self, seen: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """seen[B|1,1,T,S] bool, places[B|1,T] of the queries among the keys -> [B|1,N,T,S]: the number of each key that
+        is seen, -inf elsewhere."""
+        distances = torch.arange(seen.shape[-1], device=seen.device) - places.unsqueeze(-1)
+        bucket = relative_buckets(distances, len(self.weight), self.farthest, self.both_ways)
+        bias = self.weight[bucket].permute(0, 3, 1, 2).to(dtype)
+        return bias.masked_fill(~seen, float("-inf"))
+
+
+def relative_buckets(distances: Tensor, buckets: int, farthest: int, both_ways: bool) -> Tensor:
+    """The bucket of each distance, int64 of any shape, a key's place less its query's: half of the buckets hold one
+    distance each, the others wider and wider ranges up to `farthest`. both_ways: half of all are for keys ahead, else a
+    key ahead counts as at 0. Logarithms are in fp32, with which the published weights were trained."""
+    if both_ways:
+        buckets //= 2
+    behind = distances.abs() if both_ways else (-distances).clamp(min=0)
+    exact = buckets // 2
+    ratio = behind.clamp(min=1).float() / exact
+    wide = exact + (ratio.log() / math.log(farthest / exact) * (buckets - exact)).long()
+    found = torch.where(behind < exact, behind, wide.clamp(max=buckets - 1))
+    return found + buckets * (distances > 0) if both_ways else found

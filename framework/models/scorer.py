@@ -51,12 +51,15 @@ class Scorer(nn.Module):
         metrics) instead; from a stage that does not end the model, hidden[B,t,D]. `hidden`: the stage's before."""
         inputs = self.sequence.cut(rows.inputs())
         alone = self.sequence.whole and one_document_a_row(rows) and not self.encodes
+        source = inputs.source
         hidden = self.model(
             inputs.tokens if hidden is None else hidden,
             positions=inputs.positions,
             document_ids=None if alone else inputs.document_ids,
             prefix_lengths=inputs.prefix_lengths if self.reads_prefixes else None,
             token_types=inputs.token_types,
+            encoder_tokens=None if source is None else source.tokens,
+            encoder_document_ids=None if source is None else source.document_ids,
             real=inputs.document_ids > 0 if self.model.config.moe.balance else None,
         )
         if not self.ends:
@@ -84,9 +87,13 @@ class Scorer(nn.Module):
         if not self.scores_labels:
             return zeros, None
         model, states = self.model, hidden[mask]
-        states = states if model.head_transform is None else model.head_transform(states)
         log_probs, entropy = self.log_probs(
-            states, model.output_weight, model.output_bias, inputs.labels[mask], model.config.vocab_size, with_entropy
+            model.before_head(states),
+            model.output_weight,
+            model.output_bias,
+            inputs.labels[mask],
+            model.config.vocab_size,
+            with_entropy,
         )
         place = mask.nonzero(as_tuple=True)
         spread = zeros.index_put(place, log_probs)

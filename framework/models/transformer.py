@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from framework.core.config import require
 from framework.core.errors import UsageError
-from framework.models.attention import Attention, Context
+from framework.models.attention import Attention, Context, CrossAttention
 from framework.models.config import Architecture, ModelConfig, NormPlace, Position
 from framework.models.heads import HeadTransform, OutputBias
 from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
-from framework.models.mask import DocumentMask, View, cache_mask, near, triangle, with_prefix, within
+from framework.models.mask import DocumentMask, View, between, cache_mask, near, triangle, with_prefix, within
 from framework.models.moe import Balance, Mixture
-from framework.models.positions import Alibi, rotary_tables
+from framework.models.positions import Alibi, RelativeBias, rotary_tables
 
 HEAD_PARTS = ("head_transform", "head", "head_bias")
 
@@ -34,6 +34,8 @@ class Layer(nn.Module):
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, index, strict)
         self.attention_out_norm = build_norm(config) if sandwich else None
+        self.cross_norm = build_norm(config) if config.encoder else None
+        self.cross = CrossAttention(config, index, strict) if config.encoder else None
         self.mlp_norm = build_norm(config)
         self.mlp = Mixture(config, strict) if config.moe.at(index) else MLP(config, strict)
         self.mlp_out_norm = build_norm(config) if sandwich else None
@@ -44,6 +46,8 @@ class Layer(nn.Module):
         """x[B,T,D] -> [B,T,D]."""
         if self.norms_first:
             x = x + _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
+            if self.cross is not None:
+                x = x + self.cross(_normed(x, self.cross_norm), context)
             return x + _normed(self._fed(self.mlp_norm(x), context), self.mlp_out_norm)
         x = self.attention_norm(self.residual_scale * x + self.attention(x, context))
         return self.mlp_norm(self.residual_scale * x + self._fed(x, context))
@@ -78,6 +82,10 @@ class Transformer(nn.Module):
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
         self.mask = DocumentMask()
         self.alibi = Alibi(config.num_heads) if config.position is Position.ALIBI else None
+        self.relative = RelativeBias(config) if config.position is Position.RELATIVE else None
+        self.encoder = Transformer(config.encoder, strict) if config.encoder else None
+        if self.encoder is not None:
+            self.encoder.embedding = None  # the decoder's serves both
         self.layers = nn.ModuleDict({str(i): Layer(config, i, strict) for i in range(config.num_layers)})
         self.norm = build_norm(config) if config.ends_with_norm else None
         self.head_transform = HeadTransform(config, strict) if config.head_transform else None
@@ -93,6 +101,7 @@ class Transformer(nn.Module):
         token_types: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         encoder_tokens: Tensor | None = None,
+        encoder_document_ids: Tensor | None = None,
         cache: CacheView | None = None,
         real: Tensor | None = None,
     ) -> Tensor:
@@ -101,12 +110,15 @@ class Transformer(nn.Module):
         positions[B|1,T] default to 0..T-1; packed rows restart them per document. document_ids[B,T]: attention stays
         within equal ids, 0 is padding; None means that each row is one document, for a decoder padded on the right if
         at all, which is faster. prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see.
-        token_types[B,T] default to 0. With `cache`, rows are the view's slots, and positions say where in them the
-        tokens stand. real[B,T]: False at padding, for the balance of experts alone.
+        token_types[B,T] default to 0. encoder_tokens[B,S] is what an encoder reads, or states[B,S,D] that `encode` has
+        made of it; of encoder_document_ids[B,S] a token sees those equal to its own, or all but 0. With `cache`, rows
+        are the view's slots, and positions say where in them the tokens stand. real[B,T]: False at padding, for the
+        balance of experts alone.
         """
         self._refuse_unread(
             token_types=token_types, prefix_lengths=prefix_lengths, encoder_tokens=encoder_tokens, cache=cache
         )
+        source = self._source(encoder_tokens, encoder_document_ids)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = tokens if self.embedding is None else self.embedding(tokens)
@@ -115,17 +127,40 @@ class Transformer(nn.Module):
         if self.type_embedding is not None:
             hidden = hidden + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         hidden = _normed(hidden, self.embedding_norm)
-        context = replace(self._context(hidden, positions, document_ids, prefix_lengths, cache), real=real)
+        context = self._context(hidden, positions, document_ids, prefix_lengths, cache)
+        across = None if source is None else _across(document_ids, encoder_document_ids)
+        context = replace(context, real=real, source=source, across=across)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return _normed(hidden, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden[..., D] -> [..., V]. For users and generation; training goes through the Scorer, which keeps none."""
-        hidden = _normed(hidden, self.head_transform)
+        hidden = self.before_head(hidden)
         if self.head is not None and self.head_bias is None:
             return self.head(hidden)
         return (strict_linear if self.strict else F.linear)(hidden, self.output_weight, self.output_bias)
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """hidden[..., D] -> [..., D]: what the language head's matrix multiplies."""
+        if self.config.scaled_head:
+            hidden = hidden * self.config.hidden_size**-0.5
+        return _normed(hidden, self.head_transform)
+
+    def encode(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """tokens[B,S] -> [B,S,D]: what the encoder makes of them; document_ids[B,S] as in `forward`."""
+        if self.encoder is None or self.embedding is None:
+            raise UsageError(f"a model of architecture={self.config.architecture} has no encoder to read a text with")
+        places = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        states: Tensor = self.encoder(self.embedding(tokens), positions=places, document_ids=document_ids)
+        return states
+
+    def _source(self, tokens: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+        if self.encoder is None:
+            return None
+        if tokens is None:
+            raise UsageError("a model of architecture=encoder_decoder needs encoder_tokens: the text that it reads")
+        return tokens if tokens.is_floating_point() else self.encode(tokens, document_ids)
 
     def drop_head(self) -> None:
         """Leave the language head out: a classifier has none."""
@@ -181,6 +216,7 @@ class Transformer(nn.Module):
 
     def _refuse_unread(self, **inputs: object) -> None:
         reads = {"token_types": self.config.token_types > 0, "cache": not self._encodes}
+        reads["encoder_tokens"] = self.encoder is not None
         reads["prefix_lengths"] = self.config.architecture is Architecture.PREFIX
         for name, value in inputs.items():
             if value is not None and not reads.get(name, False):
@@ -190,15 +226,27 @@ class Transformer(nn.Module):
                 )
 
     def _view(self, mask: Tensor | None, places: Tensor, keys: int, window: int, dtype: torch.dtype) -> View:
-        """What layers with that window see (0: without one) of what `mask` shows; None shows all up to the query."""
-        narrow = 0 < window < keys
-        if mask is None and not narrow and self.alibi is None:
+        """What layers with that window see (0: without one) of what `mask` shows; None shows all up to the query, and
+        an encoder all."""
+        narrow, bias = 0 < window < keys, self.alibi if self.relative is None else self.relative
+        if mask is None and not narrow and bias is None:
             return View(None, causal=not self._encodes)
         if mask is None:
             mask = triangle(keys, places.device)
+            mask = torch.ones_like(mask) if self._encodes else mask
         if narrow:
             mask = near(mask, places, window)
-        return View(mask if self.alibi is None else self.alibi(mask, places, dtype), causal=False)
+        return View(mask if bias is None else bias(mask, places, dtype), causal=False)
+
+
+def _across(document_ids: Tensor | None, encoder_document_ids: Tensor | None) -> View:
+    """What a decoder's token sees of an encoder's. Padding sees all, so that its rows stay finite."""
+    if encoder_document_ids is None:
+        return View(None, causal=False)
+    if document_ids is None:
+        document_ids = encoder_document_ids.amax(1, keepdim=True)
+        encoder_document_ids = (encoder_document_ids > 0) * document_ids
+    return View(between(document_ids, encoder_document_ids), causal=False)
 
 
 def _require_strict_sizes(config: ModelConfig) -> None:

@@ -86,6 +86,11 @@ def vocabulary(module: nn.Module, ranks: Ranks) -> Parts:
     return parts
 
 
+def columns_of_table(module: nn.Module, ranks: Ranks) -> Parts:
+    """A table [rows, heads] that each rank has the columns of its own heads of."""
+    return _cut(module, ranks, {"weight": 1})
+
+
 def places(module: nn.Module, ranks: Ranks) -> Parts:
     """A module that meets this rank's places alone (a norm), or whose outcome goes into a summand of this rank's (a
     router of experts): whole, its gradients are sums over the tensor ranks."""

@@ -14,7 +14,7 @@ from framework.models.config import ModelConfig
 from framework.parallel.config import ContextForm, ParallelConfig
 from framework.planning import activations
 from framework.planning.activations import Load
-from framework.planning.parameters import Entry, Table, block, count, root
+from framework.planning.parameters import Entry, Table, block, count, encoder_blocks, root
 
 UPDATED_AT_ONCE = 1 << 24  # elements, as optim.adamw; three temporaries stand beside them
 LIVE, BUCKET = 10**9, 1 << 26  # elements: DeepSpeed's stage3_max_live_parameters, and engine.deepspeed_settings' bucket
@@ -113,7 +113,7 @@ class _Rank:
         self.spans = _spans(model, self.pipeline, parallel.stages_per_rank, stage)
         roots = [root(model, s.start == 0, s.stop == model.num_layers, batch.classes) for s in self.spans]
         self.roots = [entry for table in roots for entry in table]
-        self.blocks = [block(model, layer) for span in self.spans for layer in span]
+        self.blocks = [block(model, layer) for span in self.spans for layer in span] + encoder_blocks(model)
         self.table = self.roots + [entry for table in self.blocks for entry in table]
 
     def memory(self) -> RankMemory:

@@ -45,7 +45,8 @@ Table = Sequence[Entry]
 
 def num_parameters(model: ModelConfig) -> int:
     """Exact number of parameters of the transformer (heads for values or classes not counted)."""
-    return count(root(model)) + sum(count(block(model, layer)) for layer in range(model.num_layers))
+    blocks = [block(model, layer) for layer in range(model.num_layers)] + encoder_blocks(model)
+    return count(root(model)) + sum(map(count, blocks))
 
 
 def active_parameters(model: ModelConfig) -> int:
@@ -69,14 +70,23 @@ def count(table: Table) -> int:
 
 
 def block(model: ModelConfig, layer: int = 0) -> list[Entry]:
-    """One layer: attention, feed-forward or experts, norms."""
-    hidden = model.hidden_size
-    queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
-    bias = model.attention_bias
-    table = [entry for size in (queries, keys, keys) for entry in _columns(hidden, size, bias is not Bias.NONE)]
-    table += _rows(queries, hidden, bias is Bias.ALL) + [Entry((model.head_size,))] * (2 if model.qk_norm else 0)
+    """One layer: attention, to an encoder too where there is one, feed-forward or experts, norms."""
+    table = _attention(model) + (_attention(model) + _norm(model) if model.encoder else [])
     table += _mixture(model) if model.moe.at(layer) else _feed_forward(model, model.feed_forward_size)
     return table + (4 if model.norm_place is NormPlace.SANDWICH else 2) * _norm(model)
+
+
+def encoder_blocks(model: ModelConfig) -> list[list[Entry]]:
+    """The layers of an encoder beside a decoder."""
+    own = model.encoder
+    return [block(own, layer) for layer in range(own.num_layers)] if own else []
+
+
+def _attention(model: ModelConfig) -> list[Entry]:
+    hidden, bias = model.hidden_size, model.attention_bias
+    queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
+    table = [entry for size in (queries, keys, keys) for entry in _columns(hidden, size, bias is not Bias.NONE)]
+    return table + _rows(queries, hidden, bias is Bias.ALL) + [Entry((model.head_size,))] * (2 if model.qk_norm else 0)
 
 
 def _feed_forward(model: ModelConfig, inner: int) -> list[Entry]:
@@ -103,7 +113,12 @@ def root(model: ModelConfig, first: bool = True, last: bool = True, classes: int
         [Entry((model.max_positions, model.hidden_size), embeds=True)] if model.position is Position.LEARNED else []
     )
     types = [Entry((model.token_types, model.hidden_size), embeds=True)] if model.token_types else []
-    begin = [table, *learned, *types, *(_norm(model) if model.embedding_norm else [])] if first else []
+    relative = [Entry((model.relative_buckets, model.num_heads), 1, embeds=True)] * (
+        model.position is Position.RELATIVE
+    )
+    read = [*relative, *_norm(model)] if model.encoder else []
+    tables = [table, *learned, *types, *relative, *read]
+    begin = [*tables, *(_norm(model) if model.embedding_norm else [])] if first else []
     norm = _norm(model) if model.ends_with_norm else []
     head = [] if classes or (model.tied and first) else [matrix]
     transform = _transform(model) if model.head_transform and not classes else []
