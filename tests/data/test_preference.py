@@ -58,5 +58,5 @@ def test_either_side_may_be_too_long(tokenizer: Tokenizer, write: Write, tmp_pat
 
 
 def test_other_samples_are_named(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: a reward model takes pairs"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: this stage takes pairs"):
         open_rows(DataConfig(train=[write("a.jsonl", [{"text": "x"}])]), "train", tokenizer, tmp_path, 0)
