@@ -137,6 +137,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("dpo.label_smoothing",),
     "rpo_alpha": ("dpo.sft_coefficient",),
     "pref_ftx": ("dpo.sft_coefficient",),
+    "loss_weights": ("dpo.sft_coefficient",),
     "nll_loss_coef": ("dpo.sft_coefficient",),
     "ref_model": ("init_from",),
     "ref_pretrain": ("init_from",),
