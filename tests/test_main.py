@@ -105,6 +105,6 @@ def test_explain_reads_the_architecture_of_init_from(tmp_path: Path, capsys: pyt
     model = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
     model |= {"num_attention_heads": 4, "intermediate_size": 96, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(model))
-    for stage in ("sft", "reward_model"):
+    for stage in ("sft", "reward_model", "preference"):
         assert main(["explain", stage, *words]) == 0
         assert "133,952 parameters" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A real model as a user works with it: chat, an adapter, merged and apart, in transformers and peft.
+"""A real model as a user works with it: chat, an adapter, merged and apart, in transformers and peft; DPO after it.
 
 Nightly: it fetches a package of 93 MB and takes minutes.
 """
@@ -50,3 +50,15 @@ def test_an_adapter_learns_a_domain(model: Path, tmp_path: Path) -> None:
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/sft/model").eval()(x).logits
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "runs/sft/adapter").eval()(x).logits
     assert (adapted - merged).abs().max() <= 1e-4 * merged.abs().max()
+
+
+def test_preference_learning_moves_unseen_pairs(model: Path, tmp_path: Path) -> None:
+    """From the model itself, four steps: ln 2 before, and less after."""
+    words = ["experiment=smollm2/preference", f"init_from={model}", "train.steps=4", "optim.lr=1e-3"]
+    words += ["data.valid=[0.003]", "tracking.progress=false", "run.root=runs"]
+    framework("preference", *words, cwd=tmp_path, timeout=1800)
+    figures = json.loads((tmp_path / "runs/preference/summary.json").read_text())["figures"]
+    assert abs(figures["valid/loss/before"] - 0.693147) < 1e-4
+    assert figures["valid/loss"] < figures["valid/loss/before"]
+    assert figures["valid/reward_margin"] > 0
+    assert (tmp_path / "runs/preference/adapter/adapter_config.json").exists()

@@ -81,6 +81,7 @@ PPO = (
 EVALUATE = f"evaluate init_from=POLICY evaluation.tasks=[verse_form] evaluation.limit=1 {QUIET}"
 # Refused before anything is looked at, so that the folders need not exist.
 _SFT = "sft init_from=base data.train=a.jsonl"
+_DPO = "preference init_from=base data.train=a.jsonl"
 _PPO = "ppo init_from=base reward_from=rm data.train=p.jsonl"
 
 ROWS = [
@@ -163,6 +164,15 @@ ROWS = [
     Wrong(f"{_PPO} parallel=zero3 engine.compile=true", "engine.compile=true does not go with parallel=zero3"),
     Wrong(f"{_SFT} engine.strict=true engine.compile=true", "engine.strict=true needs engine.compile=false"),
     Wrong("reward_model data.train=[a]", "reward_model starts from a model: init_from=FOLDER"),
+    Wrong("preference data.train=[a]", "preference starts from a model, which is the reference too: init_from=FOLDER"),
+    Wrong("preference init_from=base", "data.train is empty"),
+    Wrong(f"{_DPO} dpo.beta=0", "dpo.beta=0.0 must be positive and finite"),
+    Wrong(f"{_DPO} dpo.kind=sigmod", "dpo.kind=sigmod: did you mean 'sigmoid'?"),
+    Wrong(f"{_DPO} dpo.kind=ipo dpo.label_smoothing=0.1", "dpo.label_smoothing=0.1 has no meaning for dpo.kind=ipo"),
+    Wrong(f"{_DPO} dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5 must be in [0, 0.5)"),
+    Wrong(f"{_DPO} dpo.sft_coefficient=-1", "dpo.sft_coefficient=-1.0 must not be negative"),
+    Wrong(f"{_DPO} rpo_alpha=1", "unknown key 'rpo_alpha': it is set by dpo.sft_coefficient here"),
+    Wrong(f"preference init_from=POLICY data.train=a.jsonl {TINY}", "a.jsonl:1: this stage takes pairs", SAMPLES),
     Wrong("ppo init_from=base data.train=[p]", "ppo needs a reward model: reward_from=FOLDER"),
     Wrong("ppo init_from=base data.train=[p] ppo.reward=model", "or another reward: ppo.reward=NAME"),
     Wrong(f"{_PPO} engine.precision=fp64 rollout.strict=false", "engine.precision=fp64 does not go with ppo"),

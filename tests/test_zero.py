@@ -82,11 +82,12 @@ def test_ppo_in_one_process_trains_actor_and_critic_on_it(tmp_path: Path, folder
     assert lines["zero3"][-1]["sync/canary_gap"] == 0.0
 
 
-CORPUS = {"sft": "sft", "reward_model": "preference"}
+CORPUS = {"sft": "sft", "reward_model": "preference", "preference": "preference"}
+NIGHTLY = [pytest.param("preference", layout, marks=pytest.mark.nightly) for layout in ("zero1", "zero2", "zero3")]
 
 
-@pytest.mark.parametrize(("stage", "layout"), [("sft", "zero2"), ("reward_model", "zero3")])
-def test_sft_and_reward_model_end_where_ddp_ends(stage: str, layout: str, tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize(("stage", "layout"), [("sft", "zero2"), ("reward_model", "zero3"), *NIGHTLY])
+def test_other_stages_end_where_ddp_ends(stage: str, layout: str, tmp_path: Path, folder: Path) -> None:
     """Three steps and a validation on two ranks of DeepSpeed, against one process of torch."""
     parts = [f"data.{part}=[corpora/tang/{CORPUS[stage]}.{part}.jsonl]" for part in ("train", "valid")]
     words = [stage, f"init_from={folder / 'policy'}", *parts, f"data.cache={folder / 'prepared'}", "data.max_tokens=32"]

@@ -102,6 +102,7 @@ class PreferenceBatch(Record):
     chosen: TokenBatch
     rejected: TokenBatch
     margin: Tensor | None = None  # [B] float: by how much
+    reference: Tensor | None = None  # [B, 2] float: log-prob of both answers before training
 
     def inputs(self) -> TokenBatch:
         """[2B, T]: the chosen rows, then the rejected ones."""

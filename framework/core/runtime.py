@@ -95,12 +95,18 @@ def stop() -> None:
 
 def agreed(number: int) -> int:
     """The largest `number` of any rank of the world, the same answer on all of them. Collective."""
+    return int(largest(torch.tensor([number]), "the question whether to stop").item())
+
+
+def largest(x: Tensor, what: str) -> Tensor:
+    """The elementwise largest of every rank's `x` [...], on the CPU, over the world. `what` names it in errors.
+    Collective."""
     if not dist.is_initialized():
-        return number
-    votes = torch.tensor([number])
-    with deadline("the question whether to stop"):
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return int(votes.item())
+        return x
+    found = x.clone()
+    with deadline(what):
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
 
 
 def heed(stop: StopRequest, where: str) -> None:

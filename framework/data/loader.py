@@ -27,6 +27,8 @@ class RowSource(Protocol):
     def rows(self, index: Array) -> Batch: ...  # index [B] int64 in range(len)
     def preview(self) -> str: ...  # one decoded sample, trained tokens marked
     @property
+    def fingerprint(self) -> str: ...  # equal for equal rows under equal numbers
+    @property
     def skipped(self) -> dict[str, int]: ...  # samples left out, by reason
     @property
     def num_tokens(self) -> int: ...  # labels that count
@@ -117,5 +119,5 @@ def _empty_where(batch: Batch, empty: Array) -> Batch:
     def clear(leaf: torch.Tensor) -> torch.Tensor:
         return torch.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), torch.zeros_like(leaf), leaf)
 
-    cleared: Batch = pytree.tree_map_only(torch.Tensor, clear, batch)
+    cleared: Batch = pytree.tree_map_only(torch.Tensor, clear, batch)  # a None is a leaf too
     return cleared

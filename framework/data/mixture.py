@@ -6,13 +6,15 @@ with an epoch cap drops out where it reaches the cap, and the others share what 
 how long a run is. Left out: weights that change with the loss.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
+from framework.core.config import digest
 from framework.core.errors import UsageError
 from framework.core.records import PreferenceBatch, PromptBatch, TokenBatch
 from framework.data.config import DataConfig
@@ -53,6 +55,17 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def over(self, sources: Sequence[RowSource]) -> Self:
+        """The same mixture of other sources, each as long as the one in whose place it stands."""
+        other = copy.copy(self)
+        other.sources = list(sources)
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows and their numbers; in what order they are drawn is another matter."""
+        return digest([source.fingerprint for source in self.sources])
 
     @property
     def skipped(self) -> dict[str, int]:

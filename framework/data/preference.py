@@ -1,17 +1,20 @@
 """Pairs of answers to one prompt, for reward models and preference learning: never packed, all of one width."""
 
+import copy
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from framework.core.errors import DataError
 from framework.core.records import PreferenceBatch, PreferenceSample, Rendered, Sample, TokenBatch, Tokenizer
 from framework.data.chat_template import UnstableTokens, render_answers
 from framework.data.config import DataConfig
 from framework.data.loader import RowSource
-from framework.data.mixture import open_parts
+from framework.data.mixture import Mixture, open_parts
 from framework.data.prepare import Prepared, Progress, Skip
 from framework.data.preview import marked
 from framework.data.rows import PreparedRows, open_shards
@@ -34,12 +37,22 @@ def open_rows(
     return open_parts(config, part, open_one)
 
 
+def with_reference(rows: RowSource, table: Tensor) -> RowSource:
+    """`rows` of `open_rows` whose row r carries table[r], of [N, 2]: a reference's log-probs of both answers."""
+    if isinstance(rows, Mixture):
+        parts = table.split([len(source) for source in rows.sources])
+        return rows.over([with_reference(source, part) for source, part in zip(rows.sources, parts, strict=True)])
+    assert isinstance(rows, PairRows)
+    return rows.with_reference(table)
+
+
 class PairRows(PreparedRows):
     """Row r is pair r: sequence 2r chosen, 2r + 1 rejected. `margin` where any pair of the data has one, else None."""
 
     def __init__(self, shards: Shards, tokenizer: Tokenizer, max_tokens: int):
         super().__init__(shards, tokenizer, max_tokens)
         margins = np.array(shards.array("margin"))
+        self._reference: Tensor | None = None
         self._margins = None if np.isnan(margins).all() else np.nan_to_num(margins).astype(np.float32)
 
     def __len__(self) -> int:
@@ -48,7 +61,14 @@ class PairRows(PreparedRows):
     def rows(self, index: Array) -> PreferenceBatch:
         """Both sides [B, max_tokens] for pair numbers [B] int64."""
         margin = None if self._margins is None else torch.from_numpy(self._margins[index])
-        return PreferenceBatch(self._side(2 * index), self._side(2 * index + 1), margin)
+        reference = None if self._reference is None else self._reference[torch.from_numpy(index)]
+        return PreferenceBatch(self._side(2 * index), self._side(2 * index + 1), margin, reference)
+
+    def with_reference(self, table: Tensor) -> Self:
+        """The same pairs, pair r with table[r]: see `PreferenceBatch.reference`."""
+        other = copy.copy(self)
+        other._reference = table
+        return other
 
     def preview(self) -> str:
         """The first pair."""
@@ -80,7 +100,7 @@ def render_pairs(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -
 
 def _checked(sample: Sample) -> PreferenceSample:
     if not isinstance(sample, PreferenceSample):
-        raise DataError("a reward model takes pairs (formats preference, hh, medicalgpt)")
+        raise DataError("this stage takes pairs (formats preference, hh, medicalgpt)")
     return sample
 
 

@@ -63,6 +63,11 @@ class PreparedRows:
         self.shards, self.tokenizer, self.max_tokens = shards, tokenizer, max_tokens
 
     @property
+    def fingerprint(self) -> str:
+        """Of all that decides the rows' content."""
+        return self.shards.folder.name
+
+    @property
     def skipped(self) -> dict[str, int]:
         """How many samples were left out, by reason."""
         return dict(self.shards.counted.skipped)

@@ -84,6 +84,20 @@ def dpo_loss(
     return ratio(losses.sum(), num_pairs), metrics
 
 
+def answer_loss(log_probs: Tensor, lengths: Tensor, num_pairs: Tensor | float) -> tuple[Tensor, Metrics]:
+    """How unlikely the chosen answers themselves are: L = -(1/N) Σ log π(y_c) / |y_c|, in nats a token. Beside
+    `dpo_loss` it keeps them from becoming rarer along with the rejected ones (Pang et al. 2024, eq. 1, whose length is
+    that of prompt and answer together).
+
+    log_probs [B] float: of whole answers, in nats. lengths [B]: their tokens. num_pairs: N of the whole optimizer step.
+    Each answer counts alike, however long.
+
+    Metrics: `sft_loss`.
+    """
+    losses = -log_probs / lengths
+    return ratio(losses.sum(), num_pairs), {"sft_loss": (losses.detach().sum(), losses.new_tensor(len(losses)))}
+
+
 def _sigmoid(h: Tensor, beta: float, smoothing: float) -> Tensor:
     return -(1 - smoothing) * logsigmoid(beta * h) - smoothing * logsigmoid(-beta * h)
 

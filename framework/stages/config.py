@@ -3,12 +3,13 @@
 No torch here, so that help, `explain` and refusals are instant.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from framework.checkpoint.config import CheckpointConfig
 from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
-from framework.core.config import require
+from framework.core.config import Choice, require
 from framework.core.places import local
 from framework.data.config import BatchConfig, DataConfig, LanguageConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
@@ -108,7 +109,7 @@ class TokenizerRun(RunConfig):
 
 @dataclass(frozen=True)
 class TrainingRun(RunConfig):
-    """What pretrain, sft and reward_model share."""
+    """What pretrain, sft, reward_model and preference share."""
 
     init_from: str = ""  # a Hugging Face folder or a stage's model/ folder: weights, architecture, tokenizer
     tokenizer: str = ""  # a tokenizer folder, when training from nothing
@@ -176,6 +177,56 @@ class RewardModelRun(TrainingRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.init_from), "reward_model starts from a model: init_from=FOLDER")
+
+
+class DpoKind(Choice):
+    """What a pair costs; the formulas stand in `objectives.preference.dpo_loss`."""
+
+    SIGMOID = "sigmoid"
+    IPO = "ipo"
+    HINGE = "hinge"
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """The loss of preference learning."""
+
+    beta: float = 0.1  # how dearly leaving the reference is paid for
+    kind: DpoKind = DpoKind.SIGMOID
+    label_smoothing: float = 0.0  # the share of pairs thought to be labelled wrongly
+    sft_coefficient: float = 0.0  # of the chosen answers' own loss, nats a token, beside it
+    average: bool | None = None  # log-probs averaged over the answer instead of summed; none = for ipo alone
+
+    def __post_init__(self) -> None:
+        require(0 < self.beta < math.inf, f"dpo.beta={self.beta} must be positive and finite")
+        require(
+            0 <= self.label_smoothing < 0.5,
+            f"dpo.label_smoothing={self.label_smoothing} must be in [0, 0.5): from a half on the answers change places",
+        )
+        require(
+            not self.label_smoothing or self.kind is DpoKind.SIGMOID,
+            f"dpo.label_smoothing={self.label_smoothing} has no meaning for dpo.kind={self.kind}; leave it out, or "
+            "choose dpo.kind=sigmoid",
+        )
+        require(
+            0 <= self.sft_coefficient < math.inf,
+            f"dpo.sft_coefficient={self.sft_coefficient} must not be negative, and finite",
+        )
+
+    @property
+    def averages(self) -> bool:
+        return self.kind is DpoKind.IPO if self.average is None else self.average
+
+
+@dataclass(frozen=True)
+class PreferenceRun(TrainingRun):
+    """Learn from pairs which answers to give, without a reward model."""
+
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "preference starts from a model, which is the reference too: init_from=FOLDER")
 
 
 @dataclass(frozen=True)
@@ -277,6 +328,7 @@ STAGES: dict[str, type[RunConfig]] = {
     "pretrain": PretrainRun,
     "sft": SftRun,
     "reward_model": RewardModelRun,
+    "preference": PreferenceRun,
     "ppo": PpoRun,
     "evaluate": EvaluateRun,
     "pipeline": PipelineRun,

@@ -37,7 +37,12 @@ from framework.tracking.console import console
 from framework.tracking.progress import Progress
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
-_ROWS = {"pretrain": pretrain.open_rows, "sft": sft.open_rows, "reward_model": preference.open_rows}
+_ROWS = {
+    "pretrain": pretrain.open_rows,
+    "sft": sft.open_rows,
+    "reward_model": preference.open_rows,
+    "preference": preference.open_rows,
+}
 _BAR = 40  # characters of the longest bar
 
 

@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from framework.core.records import Counts, Metrics, PreferenceBatch, Rows, Scores
@@ -24,7 +23,7 @@ def ranking_loss(scores: Scores, rows: Rows, counts: Counts, *, center_coefficie
         chosen, rejected, counts.pairs, margin=rows.margin, center_coefficient=center_coefficient
     )
     squares = scores.classes.detach().square()
-    return loss, metrics | {"score_square": (squares.sum(), torch.tensor(float(squares.numel())))}
+    return loss, metrics | {"score_square": (squares.sum(), squares.new_tensor(squares.numel()))}
 
 
 def score_scale(figures: Figures) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What pretrain, sft and reward_model share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
+"""What the training stages share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -38,6 +38,17 @@ OpenRows = Callable[[DataConfig, str, Tokenizer, Path, int, Callable[[int, int],
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The two parts of a stage's data. `valid` is None where the recipe names no validation data."""
+
+    train: RowSource
+    valid: RowSource | None
+
+
+Ready = Callable[[Engine, Rows], Rows]
+
+
+@dataclass(frozen=True)
 class Start:
     """Where training starts: an architecture, its weights, and the tokenizer that belongs to them."""
 
@@ -46,14 +57,6 @@ class Start:
     tokenizer: Tokenizer
     frozen: frozenset[str] = frozenset()  # parameters that do not learn
     lora: LoraConfig | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The two parts of a stage's data. `valid` is None where the recipe names no validation data."""
-
-    train: RowSource
-    valid: RowSource | None
 
 
 def open_start(config: TrainingRun, world_size: int) -> Start:
@@ -137,9 +140,11 @@ def fit(
     num_classes: int = 0,
     describe: Describe = lambda figures: {},
     shape: Callable[[Any, Any], Any] | None = None,
+    ready: Ready = lambda engine, rows: rows,
 ) -> Figures:
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
-    goes into the model's config.json; `shape` is the loader's."""
+    goes into the model's config.json; `shape` is the loader's. `ready` may exchange the rows while the engine holds the
+    starting weights, which it does at each attempt."""
     learning, everything = num_learning(config, start.model)
     if learning < everything:
         job.say(f"{learning:,} of {everything:,} parameters learn ({learning / everything:.1%})")
@@ -163,14 +168,14 @@ def fit(
     def loader(source: RowSource) -> Loader:
         return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size, shape)
 
-    batches = loader(rows.train)
-    batches.require(total)
+    loader(rows.train).require(total)
+    rows = ready(engine, rows)
     place = job.runtime
     peak = peak_flops(place.device)
     with Progress(config.stage, total=total, enabled=config.tracking.progress and place.is_main) as progress:
         outcome = train(
             engine,
-            batches,
+            loader(rows.train),
             loss_fn,
             total_steps=total,
             manager=CheckpointManager(

@@ -7,11 +7,16 @@ from typing import Any
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put `text` in place of `path`, by way of a hidden neighbour and one rename; synced to the disk first."""
+    """`replace_bytes` with `text` in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Put `content` in place of `path`, by way of a hidden neighbour and one rename; synced to the disk first."""
     neighbour = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with neighbour.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with neighbour.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         neighbour.replace(path)

@@ -45,6 +45,14 @@ class Pairs(Numbered):
         return PreferenceBatch(batch, batch, batch.tokens[:, 0].float())
 
 
+class Plain(Numbered):
+    """Pairs of which nothing more is known: no margin, no reference."""
+
+    def rows(self, index: Any) -> Any:
+        batch = super().rows(index)
+        return PreferenceBatch(batch, batch)
+
+
 class Prompts(Numbered):
     def rows(self, index: Any) -> Any:
         tokens = super().rows(index).tokens
@@ -82,7 +90,7 @@ def test_prompts_carry_their_stream_position() -> None:
     assert batch.row.tolist() == [22, 23]
 
 
-@pytest.mark.parametrize("kind", [Numbered, Pairs])
+@pytest.mark.parametrize("kind", [Numbered, Pairs, Plain])
 @pytest.mark.parametrize(("size", "batch", "data_size"), [(10, 4, 2), (9, 4, 4), (3, 8, 4), (5, 5, 1), (7, 4, 1)])
 def test_evaluation_visits_every_row_once_with_equal_shares(
     kind: type[Numbered], size: int, batch: int, data_size: int
@@ -90,7 +98,7 @@ def test_evaluation_visits_every_row_once_with_equal_shares(
     ranks = [list(Loader(kind(size), batch, 0, rank, data_size).evaluation_batches()) for rank in range(data_size)]
     assert len({tuple(len(b) for b in batches) for batches in ranks}) == 1
     rows = [b.inputs() for group in zip(*ranks) for b in group]
-    parts = [r.split(len(r) // 2)[0] if kind is Pairs else r for r in rows]
+    parts = [r.split(len(r) // 2)[0] if kind is not Numbered else r for r in rows]
     found = torch.cat([p.tokens[p.document_ids.any(dim=1)][:, 0] for p in parts]) - 1
     assert found.tolist() == list(range(size))
     empty = [p.select(~p.document_ids.any(dim=1)) for p in parts]

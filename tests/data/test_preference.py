@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from framework.core.errors import DataError, UsageError
 from framework.core.records import PreferenceBatch, Tokenizer
 from framework.data.config import DataConfig
-from framework.data.preference import open_rows
+from framework.data.preference import open_rows, with_reference
 from tests.data.conftest import Write
 
 RECORDS = [
@@ -58,5 +59,33 @@ def test_either_side_may_be_too_long(tokenizer: Tokenizer, write: Write, tmp_pat
 
 
 def test_other_samples_are_named(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: a reward model takes pairs"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: this stage takes pairs"):
         open_rows(DataConfig(train=[write("a.jsonl", [{"text": "x"}])]), "train", tokenizer, tmp_path, 0)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_pairs_carry_what_a_reference_says(tokenizer: Tokenizer, write: Write, tmp_path: Path, mixed: bool) -> None:
+    paths = [write("a.jsonl", RECORDS[:2]), write("b.jsonl", RECORDS[:1])]
+    config = DataConfig(train=paths, max_tokens=9, weights=[1.0, 2.0] if mixed else [])
+    rows = open_rows(config, "train", tokenizer, tmp_path, 0)
+    table = torch.arange(6.0).view(3, 2)
+    batch = with_reference(rows, table).rows(np.array([2, 0, 1]))
+    assert isinstance(batch, PreferenceBatch)
+    assert batch.reference is not None
+    assert batch.reference.tolist() == [[4, 5], [0, 1], [2, 3]]
+    without = rows.rows(np.array([0]))
+    assert isinstance(without, PreferenceBatch)
+    assert without.reference is None
+
+
+def test_a_fingerprint_names_rows_and_numbers(tokenizer: Tokenizer, write: Write, tmp_path: Path) -> None:
+    a, b, c = write("a.jsonl", RECORDS[:1]), write("b.jsonl", RECORDS[1:]), write("c.jsonl", RECORDS[:1])
+
+    def fingerprint(paths: list[str], weights: tuple[float, ...] = (), max_tokens: int = 9) -> str:
+        config = DataConfig(train=paths, max_tokens=max_tokens, weights=list(weights))
+        return open_rows(config, "train", tokenizer, tmp_path, 0).fingerprint
+
+    assert fingerprint([a]) == fingerprint([c])
+    different = [fingerprint([a]), fingerprint([a], max_tokens=10), fingerprint([a, b]), fingerprint([b, a])]
+    different += [fingerprint([a, b], (1, 2)), fingerprint([b, a], (1, 2))]
+    assert len(set(different)) == len(different)

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from framework.core.errors import UsageError
-from framework.objectives.preference import dpo_loss, pairwise_ranking_loss
+from framework.objectives.preference import answer_loss, dpo_loss, pairwise_ranking_loss
 from tests.objectives.laws import TRL_ON_CPU, check_metrics, check_split_invariance, mean
 
 PAIRS = {
@@ -203,3 +203,19 @@ def test_great_gaps_stay_finite() -> None:
     assert float(loss) == 1e4
     assert chosen.grad is not None
     assert chosen.grad.tolist() == [-1, 0]
+
+
+def test_the_answers_own_loss_by_hand() -> None:
+    """3 nats over 2 tokens, 6 over 3; each answer alike, where a mean over tokens would be 9/5."""
+    loss, metrics = answer_loss(torch.tensor([-3.0, -6.0]), torch.tensor([2, 3]), num_pairs=2)
+    assert float(loss) == mean(metrics, "sft_loss") == 1.75
+    check_metrics(metrics)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.lists(st.integers(0, 6), max_size=3))
+def test_any_split_of_the_answers_gives_the_same_gradient(seed: int, cuts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = torch.randn(6, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, 9, (6,), generator=generator)
+    check_split_invariance(lambda x, n: answer_loss(x, n, torch.tensor([6])), [log_probs], [lengths], cuts)

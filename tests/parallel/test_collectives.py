@@ -1,9 +1,11 @@
 """Sums, gathers, exchanges and hops over ranks."""
 
+import math
+
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from framework.core.runtime import Runtime, agreed
+from framework.core.runtime import Runtime, agreed, largest
 from framework.parallel.collectives import Ranks
 from framework.parallel.mesh import DATA
 from tests.distributed import run_ranks
@@ -23,12 +25,13 @@ def _sums(runtime: Runtime) -> tuple[object, ...]:
     mine = torch.tensor([runtime.rank, 10])
     total, table = ranks.sum(mine, "x"), ranks.gather(mine, "x")
     wishes = agreed(143 if runtime.rank == 2 else 0), agreed(0)
-    return ranks.rank, ranks.size, total.tolist(), table.tolist(), mine.tolist(), wishes
+    most = largest(torch.tensor([-float("inf"), -float(runtime.rank)]), "x").tolist()
+    return ranks.rank, ranks.size, total.tolist(), table.tolist(), mine.tolist(), wishes, most
 
 
 def test_sums_and_gathers_over_both_data_axes() -> None:
     table = [[0, 10], [1, 10], [2, 10], [3, 10]]
-    expected = [(rank, 4, [6, 40], table, [rank, 10], (143, 0)) for rank in range(4)]
+    expected = [(rank, 4, [6, 40], table, [rank, 10], (143, 0), [-math.inf, 0.0]) for rank in range(4)]
     assert run_ranks(_sums, 4) == expected
 
 

@@ -28,6 +28,9 @@ def test_every_answer_is_a_key_of_some_stage_and_no_word_is_one() -> None:
         ("sft", "train_batch_size", "batch.size"),
         ("ppo", "--eps-clip", "ppo.clip_low"),
         ("ppo", "algorithm.adv_estimator", "ppo.advantage"),
+        ("preference", "dpo_config.beta", "dpo.beta"),
+        ("preference", "pref_ftx", "dpo.sft_coefficient"),
+        ("ppo", "beta", "ppo.kl_coefficient"),
         ("sft", "adv_estimator", ""),  # no such thing in that stage
         ("sft", "optim.lr", ""),
     ],
