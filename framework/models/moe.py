@@ -17,7 +17,7 @@ T_b real tokens, in each layer:
 It is linear in rows, so any split of a batch gives the same gradient (law Tokens). That of Switch (Fedus et al. 2021,
 equations 4 to 6) takes f and P over a whole batch, where a split would change it; of one row they are the same. Padding
 has no part in it; a packed row counts as one sequence. Its gradient enters the router's probabilities where they
-arise, and the loss that is reported stays the language model's.
+arise, and the loss that is reported stays the language model's; the mean of sum_e f_e P_e is reported beside it.
 
 Left out: grouped products in one kernel (torch.nn.functional.grouped_mm; here a loop over experts, which on a GPU waits
 for their token counts), experts of their own ranks (expert parallelism), biases, noise in the router, balance by bias
@@ -71,29 +71,25 @@ class ExpertMLP(nn.Module):
 
 
 class Balance(nn.Module):
-    """The place where the load-balance loss pulls at the router. Without parameters, so that a plan can let one rank of
-    those that route alike do it. `rows`: how many sequences the optimizer step holds, over all ranks; 0 = none yet, and
-    nothing is pulled."""
+    """The place where the load-balance loss pulls at the router. Without parameters, so that a plan can put one of
+    coefficient 0 here, where another rank routes alike and pulls. `rows`: how many sequences the optimizer step holds,
+    over all ranks; 0 = nobody asked, and nothing is done. `seen`: (sum of sum_e f_e P_e, rows) since last taken."""
 
     def __init__(self, coefficient: float):
         super().__init__()
         self.coefficient = coefficient
         self.rows = 0.0
+        self.seen: Tensor | None = None
 
     def forward(self, probabilities: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:
         """probabilities[B,T,E] as they are; chosen[B,T,k], real[B,T] (True = no padding; None = all)."""
-        if not (self.rows and self.coefficient and torch.is_grad_enabled()):
+        if not (self.rows and torch.is_grad_enabled()):
             return probabilities
-        pull = balance_gradient(probabilities, chosen, real) * (self.coefficient / self.rows)
-        return _Pull.apply(probabilities, pull)
-
-
-class Apart(nn.Module):
-    """In the place of a Balance whose work another rank does."""
-
-    def forward(self, probabilities: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:
-        """See `Balance`."""
-        return probabilities
+        pull = balance_gradient(probabilities.detach(), chosen, real)
+        losses = (pull * probabilities.detach()).sum((1, 2), dtype=torch.float64)
+        seen = torch.stack([losses.sum(), (losses > 0).sum()])  # a row of padding alone has none
+        self.seen = seen if self.seen is None else self.seen + seen
+        return _Pull.apply(probabilities, pull * (self.coefficient / self.rows)) if self.coefficient else probabilities
 
 
 class Mixture(nn.Module):

@@ -67,6 +67,7 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
     else:
         model, stored, shapes = read_folder(config.init_from)
         refuse_other(config.model, model, config.init_from)
+        model = balanced(model, config.model.moe.balance)
         start = Start(model, with_fresh_heads(stored, set(shapes), model, config.seed), tokenizer)
     if model.vocab_size < tokenizer.vocab_size:
         owner = "take the tokenizer that belongs to the model"
@@ -85,9 +86,16 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
     return replace(start, frozen=frozen_of(config, model))
 
 
+def balanced(model: ModelConfig, coefficient: float) -> ModelConfig:
+    """How much experts are balanced is the training's: the recipe's word where it says one, else config.json's."""
+    return replace(model, moe=replace(model.moe, balance=coefficient)) if coefficient and model.moe.experts else model
+
+
 def refuse_other(given: ModelConfig, there: ModelConfig, folder: str) -> None:
     """The folder brings the architecture: what the recipe says of it (other than a default) must be the same."""
     default = ModelConfig()
+    if there.moe.experts:
+        given, there = (replace(x, moe=replace(x.moe, balance=0.0)) for x in (given, there))
     for name in (entry.name for entry in fields(ModelConfig)):
         asked, has = getattr(given, name), getattr(there, name)
         if asked not in (getattr(default, name), has):
