@@ -2,15 +2,18 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from framework.core.registry import lookup, names
 from framework.main import compose, main
+from framework.models.hub import load
 from framework.stages.config import PretrainRun
 from tests.tiny import framework
 
@@ -36,7 +39,7 @@ def test_the_page_s_way_in_on_and_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _, (tokenizer,), (sft, compare), _, (explain, pretrain) = map(commands, BASH)
+    _, (tokenizer,), (sft, compare), _, (explain, pretrain), (mixture, compared) = map(commands, BASH)
     framework(*tokenizer, cwd=tmp_path)
     printed(PYTHON[0])
     assert printed(PYTHON[1])[-2:] == ["True True", "tensor(True)"]
@@ -52,6 +55,22 @@ def test_the_page_s_way_in_on_and_out(
     short = ["model.hidden_size=24", "data.train=[corpora/tang/valid.txt]", "train.steps=1", "batch.size=2"]
     framework(*pretrain, *short, *_QUIET, cwd=tmp_path)
     assert type(transformers.AutoModelForCausalLM.from_pretrained("runs/pretrain/model")).__name__ == "GPT2LMHeadModel"
+    framework(*mixture, *short, "model.head_dim=8", "model.moe.first=1", *_QUIET, cwd=tmp_path)
+    hold_mixture(tmp_path / "runs" / "mixture")
+    assert main(compared) == 0
+    assert "2 of 8 x 96, in 3 layers  8 of 128 x 768" in capsys.readouterr().out
+
+
+def hold_mixture(run: Path) -> None:
+    """Balanced on the way, which config.json keeps, and the same model in transformers."""
+    said = json.loads((run / "model" / "config.json").read_text())
+    assert (said["router_aux_loss_coef"], said["output_router_logits"], said["mlp_only_layers"]) == (0.01, True, [0])
+    assert "train/balance" in (run / "metrics.jsonl").read_text()
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    x = torch.arange(6, 26).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(load(run / "model")(x), theirs.model(x).last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_the_page_s_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,10 @@ def test_an_encoder_becomes_a_reward_model(encoder: Path) -> None:
     [
         (["pretrain", "language.objective=causal"], "language.objective=causal does not go with model.architecture="),
         (["pretrain", "mlm_probability=0.15"], "language.share"),
-        (["sft", "data.train=[corpora/tang/sft.valid.jsonl]", "data.max_tokens=64"], "sft teaches a model to answer"),
+        (
+            ["sft", "data.train=[corpora/tang/sft.valid.jsonl]", "data.max_tokens=64"],
+            "sft does not train a model of architecture=encoder",
+        ),
         (["ppo", "ppo.reward=verse_form", "data.train=[corpora/tang/prompts.test.jsonl]"], "writes no text"),
         (["generate"], "writes no text"),
     ],

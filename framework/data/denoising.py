@@ -66,8 +66,9 @@ def with_random_prefixes(rows: TokenBatch, draw: Tensor) -> TokenBatch:
     return _behind(rows, torch.where(rows.document_ids > 0, prefix, 0))
 
 
-def with_prompts(rows: TokenBatch) -> TokenBatch:
-    """The prefix of each document is what stands before its first trained token: of a conversation, the prompt."""
+def with_prompts(rows: TokenBatch, places: Places | None = None) -> TokenBatch:
+    """The prefix of each document is what stands before its first trained token: of a conversation, the prompt. What
+    is trained stays as it is, and so does the answer of a model that reads no prefix."""
     untrained = torch.where(rows.loss_mask, rows.positions + 1, rows.tokens.shape[1])
     first = untrained.new_full((len(rows), int(rows.document_ids.max()) + 1), rows.tokens.shape[1])
     first = first.scatter_reduce(1, rows.document_ids, untrained, "amin").gather(1, rows.document_ids)

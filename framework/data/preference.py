@@ -13,6 +13,7 @@ from framework.core.errors import DataError
 from framework.core.records import PreferenceBatch, PreferenceSample, Rendered, Sample, TokenBatch, Tokenizer
 from framework.data.chat_template import UnstableTokens, render_answers
 from framework.data.config import DataConfig
+from framework.data.denoising import with_prompts
 from framework.data.loader import RowSource
 from framework.data.mixture import Mixture, open_parts
 from framework.data.prepare import Prepared, Progress, Skip
@@ -76,7 +77,8 @@ class PairRows(PreparedRows):
         return f"{chosen}\n  is preferred to\n{rejected}"
 
     def _side(self, numbers: Array) -> TokenBatch:
-        """[B, max_tokens]. Unlike in packed rows the end token is read too: a reward is read off its hidden state."""
+        """[B, max_tokens], the prompt their prefix. Unlike in packed rows the end token is read too: a reward is read
+        off its hidden state."""
         shape = (len(numbers), self.max_tokens)
         tokens, labels, documents = (np.zeros(shape, np.int64) for _ in range(3))
         loss_mask = np.zeros(shape, bool)
@@ -87,7 +89,7 @@ class PairRows(PreparedRows):
             labels[b, : size - 1], loss_mask[b, : size - 1] = ids[1:], mask[1:]
         positions = np.arange(self.max_tokens) * documents
         read = torch.from_numpy
-        return TokenBatch(read(tokens), read(labels), read(loss_mask), read(positions), read(documents))
+        return with_prompts(TokenBatch(read(tokens), read(labels), read(loss_mask), read(positions), read(documents)))
 
 
 def render_pairs(tokenizer: Tokenizer, max_tokens: int, samples: list[Sample]) -> list[Prepared | Skip]:

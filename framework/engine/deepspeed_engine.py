@@ -25,6 +25,7 @@ from framework.core.deadline import deadline
 from framework.core.errors import NonFiniteError
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime, ensure_group
+from framework.engine.balancing import Balancing
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.deepspeed_settings import settings
 from framework.engine.deepspeed_stretches import Partitions, Shares, Stretch
@@ -122,7 +123,9 @@ class DeepSpeedEngine:
         self.step_count = self._updates = self._skipped_in_a_row = 0
         self._zero, self._adamw, self._work, self._frozen = zero, adamw, Work(), frozen
         carrier = Straight(leaves.whole_again(zero), backward=self._backward)
-        balance = self._balance_over if self.scorer.model.config.moe.balance else None
+        balance = None
+        if self.scorer.model.config.moe.balance:  # it pulls during backward, and DeepSpeed averages that like the loss
+            balance = Balancing([self.scorer.model], Ranks(None), device, times=self.data_size)
         self._passes = Passes(carrier, ranks, micro_size, device, balance)
         parameters = {logical_name(name): p for name, p in self.scorer.named_parameters()}
         is_zero3 = zero.zero_optimization_partition_weights()
@@ -149,10 +152,6 @@ class DeepSpeedEngine:
         """See `protocol.Engine`."""
         self._zero.eval()
         return self._passes.infer(rows)
-
-    def _balance_over(self, rows: float) -> None:
-        """The balance of experts pulls during backward, where DeepSpeed will average it like the loss."""
-        self.scorer.model.balance_over(rows / self.data_size)
 
     def _backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over data ranks; our loss is a sum over a global count, so gradients add up."""

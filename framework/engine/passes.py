@@ -14,6 +14,7 @@ from torch import Tensor
 
 from framework.core.deadline import deadline
 from framework.core.records import Counts, Metrics, Rows, Scores, count
+from framework.engine.balancing import Balancing
 from framework.engine.metrics import merge, reduce_over
 from framework.engine.micro_batches import MicroBatch, cut, join, trim, without_empty
 from framework.engine.protocol import LossFn
@@ -69,7 +70,7 @@ class Straight:
 
 class Passes:
     """Forward and backward of an engine, over `ranks`, its data ranks. `loss` adds up what backward went through.
-    `balance`, if anything, is told before backward how many sequences the step holds, over all ranks."""
+    `balance` is told before backward how many sequences the step holds, and asked what it saw."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Passes:
         ranks: Ranks,
         micro_size: int,
         device: torch.device,
-        balance: Callable[[float], None] | None = None,
+        balance: Balancing | None = None,
     ):
         self._balance = balance
         self._carrier, self._ranks, self._micro_size, self._device = carrier, ranks, micro_size, device
@@ -89,11 +90,12 @@ class Passes:
         with deadline(phase):
             number, everywhere = self._agree(kept, counts)
             if backward and self._balance is not None:
-                self._balance(float(everywhere.sequences + everywhere.pairs))  # a pair is one, and two
+                self._balance.begin(float(everywhere.sequences + everywhere.pairs))  # a pair is one, and two
             micros = list(cut(kept.to(self._device), self._micro_size, number))
             total, metrics = self._carrier.losses(micros, partial(loss_of, loss_fn, everywhere), backward)
             if backward:
                 self.loss += total
+                metrics = metrics if self._balance is None else metrics | self._balance.figures()
             return reduce_over(self._ranks, metrics)
 
     def infer(self, rows: Rows) -> Scores:

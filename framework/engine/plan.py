@@ -19,7 +19,7 @@ from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
 from framework.models.config import Architecture, ModelConfig, Position
 from framework.models.layers import Linear
-from framework.models.moe import Apart
+from framework.models.moe import Balance
 from framework.models.positions import Alibi
 from framework.models.scorer import Scorer
 from framework.models.transformer import HEAD_PARTS
@@ -235,7 +235,7 @@ def _exchanged(
         parts["model.alibi"] = partial(Alibi, heads, *tensor.span(heads, tensors))
     if tensors.rank > 0:  # all of them route alike, and their gradients add up
         mixtures = [i for i in layers if scorer.model.config.moe.at(i)]
-        parts |= {f"model.layers.{i}.mlp.balance": Apart for i in mixtures}
+        parts |= {f"model.layers.{i}.mlp.balance": partial(Balance, 0.0) for i in mixtures}
     if tensors.size * contexts.size == 1:
         return parts
     cutter = Cut(contexts)

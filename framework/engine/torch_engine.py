@@ -15,6 +15,7 @@ from framework.core.deadline import deadline
 from framework.core.errors import NonFiniteError
 from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime
+from framework.engine.balancing import Balancing
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.flops import Work, training_work
 from framework.engine.holdings import Holdings, Stage
@@ -108,7 +109,9 @@ class TorchEngine:
         self.step_count, self.total_steps = 0, total_steps
         self._skipped_in_a_row = 0
         self._work, self._frozen = Work(), frozen
-        balance = self._balance_over if self.scorers[0].model.config.moe.balance else None
+        balance = None
+        if self.scorers[0].model.config.moe.balance:
+            balance = Balancing([scorer.model for scorer in self.scorers], mesh.ranks("pipeline"), device)
         self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device, balance)
         self.holdings = Holdings(stages, shapes, mesh)
         self.optimizer = None
@@ -153,10 +156,6 @@ class TorchEngine:
         scores = self._passes.infer(rows)
         self._reshard()
         return scores
-
-    def _balance_over(self, rows: float) -> None:
-        for scorer in self.scorers:
-            scorer.model.balance_over(rows)
 
     def _train(self, mode: bool) -> None:
         for scorer in self.scorers:

@@ -5,8 +5,9 @@
         + shared(x), or sigmoid(shared_gate x) shared(x)                          config: shared, shared_gate
 
 There is no capacity: each token is computed by all of its experts, and none is dropped. Experts lie stacked, one matrix
-a first index; tokens are sorted by expert, so that a stack meets each of them once. Strict mode holds: the rows of each
-expert come in eights, and a token's experts are added up in the order of their weights.
+a first index; tokens are sorted by expert, so that a stack meets each of them once. Law On-policy: an expert's rows
+come in eights, filled up with zeros, strict or not, for how many choose it differs from batch to batch, and
+a token's experts are added up in the order of their weights.
 
 The load-balance loss is that of a sequence (DeepSeek-V2, section 2.2.3; DeepSeek-V3, equations 17 to 20). Of row b with
 T_b real tokens, in each layer:
@@ -17,7 +18,7 @@ T_b real tokens, in each layer:
 It is linear in rows, so any split of a batch gives the same gradient (law Tokens). That of Switch (Fedus et al. 2021,
 equations 4 to 6) takes f and P over a whole batch, where a split would change it; of one row they are the same. Padding
 has no part in it; a packed row counts as one sequence. Its gradient enters the router's probabilities where they
-arise, and the loss that is reported stays the language model's.
+arise, and the loss that is reported stays the language model's; the mean of sum_e f_e P_e is reported beside it.
 
 Left out: grouped products in one kernel (torch.nn.functional.grouped_mm; here a loop over experts, which on a GPU waits
 for their token counts), experts of their own ranks (expert parallelism), biases, noise in the router, balance by bias
@@ -32,22 +33,22 @@ from torch import Tensor, nn
 
 from cuda_ext.swiglu.op import swiglu
 from framework.models.config import Activation, ModelConfig
-from framework.models.layers import MLP, Linear, activation, strict_activation, strict_linear
+from framework.models.layers import MLP, Linear, activation, strict_activation
+
+_ROWS = 8  # an expert's rows come in a multiple of it
 
 
 class Experts(nn.Module):
     """`weight[E,O,I]`: one matrix an expert."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, strict: bool):
+    def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-        self.strict = strict
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """x[M,I], of which the first sizes[0] rows are expert 0's, and so on -> [M,O]."""
-        product = strict_linear if self.strict else F.linear
         parts = zip(x.split(sizes), self.weight.unbind(), strict=True)
-        return torch.cat([product(rows, matrix, None) for rows, matrix in parts])
+        return torch.cat([F.linear(rows, matrix) for rows, matrix in parts])
 
 
 class ExpertMLP(nn.Module):
@@ -56,9 +57,9 @@ class ExpertMLP(nn.Module):
     def __init__(self, config: ModelConfig, strict: bool):
         super().__init__()
         experts, hidden, inner = config.moe.experts, config.hidden_size, config.expert_size
-        self.gate = Experts(experts, hidden, inner, strict)
-        self.up = Experts(experts, hidden, inner, strict)
-        self.down = Experts(experts, inner, hidden, strict)
+        self.gate = Experts(experts, hidden, inner)
+        self.up = Experts(experts, hidden, inner)
+        self.down = Experts(experts, inner, hidden)
         self.activation, self.strict = config.activation, strict
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -71,29 +72,25 @@ class ExpertMLP(nn.Module):
 
 
 class Balance(nn.Module):
-    """The place where the load-balance loss pulls at the router. Without parameters, so that a plan can let one rank of
-    those that route alike do it. `rows`: how many sequences the optimizer step holds, over all ranks; 0 = none yet, and
-    nothing is pulled."""
+    """The place where the load-balance loss pulls at the router. Without parameters, so that a plan can put one of
+    coefficient 0 here, where another rank routes alike and pulls. `rows`: how many sequences the optimizer step holds,
+    over all ranks; 0 = nobody asked, and nothing is done. `seen`: (sum of sum_e f_e P_e, rows) since last taken."""
 
     def __init__(self, coefficient: float):
         super().__init__()
         self.coefficient = coefficient
         self.rows = 0.0
+        self.seen: Tensor | None = None
 
     def forward(self, probabilities: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:
         """probabilities[B,T,E] as they are; chosen[B,T,k], real[B,T] (True = no padding; None = all)."""
-        if not (self.rows and self.coefficient and torch.is_grad_enabled()):
+        if not (self.rows and torch.is_grad_enabled()):
             return probabilities
-        pull = balance_gradient(probabilities, chosen, real) * (self.coefficient / self.rows)
-        return _Pull.apply(probabilities, pull)
-
-
-class Apart(nn.Module):
-    """In the place of a Balance whose work another rank does."""
-
-    def forward(self, probabilities: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:
-        """See `Balance`."""
-        return probabilities
+        pull = balance_gradient(probabilities.detach(), chosen, real)
+        losses = (pull * probabilities.detach()).sum((1, 2), dtype=torch.float64)
+        seen = torch.stack([losses.sum(), (losses > 0).sum()])  # a row of padding alone has none
+        self.seen = seen if self.seen is None else self.seen + seen
+        return _Pull.apply(probabilities, pull * (self.coefficient / self.rows)) if self.coefficient else probabilities
 
 
 class Mixture(nn.Module):
@@ -107,7 +104,7 @@ class Mixture(nn.Module):
         self.experts = ExpertMLP(config, strict)
         self.shared = MLP(config, strict, moe.shared) if moe.shared else None
         self.shared_gate = Linear(hidden, 1, False, strict) if moe.shared_gate else None
-        self.top_k, self.normalise = moe.top_k, moe.normalise
+        self.num_experts, self.top_k, self.normalise = moe.experts, moe.top_k, moe.normalise
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """x[B,T,D] -> [B,T,D]; real[B,T]: False where a place is padding (None: nowhere)."""
@@ -135,17 +132,25 @@ class Mixture(nn.Module):
     def _mixed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x[N,D], weights[N,k], chosen[N,k] -> [N,D]. Rows are only moved, one to one, so that backward adds up in one
         order too."""
-        count, hidden = x.shape
-        order = chosen.flatten().argsort(stable=True)
-        sizes = chosen.flatten().bincount(minlength=len(self.experts.gate.weight)).tolist()
-        copies = x.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, hidden)
-        given = self.experts(copies[order], sizes)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        mine = (given[back].view(count, self.top_k, hidden) * weights.unsqueeze(-1)).unbind(1)
+        rows, sizes = places(chosen.flatten(), self.num_experts)
+        copies = x.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
+        taken = x.new_zeros(sum(sizes), x.shape[-1]).index_put((rows,), copies)
+        given = self.experts(taken, sizes)[rows].view(*chosen.shape, -1)
+        mine = (given * weights.unsqueeze(-1)).unbind(1)
         total = mine[0]
         for part in mine[1:]:
             total = total + part
         return total
+
+
+def places(chosen: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Where each of chosen[M] goes when they are sorted by expert: (rows[M], rows of each expert, a multiple of 8)."""
+    counts = chosen.bincount(minlength=experts)
+    more = -counts % _ROWS
+    before = more.cumsum(0) - more
+    order = chosen.argsort(stable=True)
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return rows + before[chosen], (counts + more).tolist()
 
 
 def balance_gradient(probabilities: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:

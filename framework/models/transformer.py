@@ -167,11 +167,9 @@ class Transformer(nn.Module):
         for part in HEAD_PARTS:
             setattr(self, part, None)
 
-    def balance_over(self, rows: float) -> None:
-        """Say how many sequences the optimizer step holds, over all ranks: by that the experts' balance is divided."""
-        for part in self.modules():
-            if isinstance(part, Balance):
-                part.rows = rows
+    def balances(self) -> list[Balance]:
+        """Of the layers with experts: whoever trains tells them how many rows there are, and asks what they saw."""
+        return [part for part in self.modules() if isinstance(part, Balance)]
 
     @property
     def output_weight(self) -> Tensor:

@@ -15,7 +15,8 @@ and one with E experts, k of F numbers a token, in place of inner (what another 
                                                                  take in and give; gate, up, silu(gate), product
 
 With t tensor ranks Q, K, N and F are shared out, and so are the norms' p, which is sequence parallelism; what the
-matrices take in is gathered, and kept so. Left out: strict mode, compiled blocks, entropies.
+matrices take in is gathered, and kept so. Left out: strict mode, compiled blocks, entropies, the
+balance of experts (p E w).
 """
 
 from dataclasses import dataclass

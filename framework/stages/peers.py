@@ -102,6 +102,18 @@ OURS: dict[str, tuple[str, ...]] = {
     "use_swanlab": ("tracking",),
     "project_name": ("tracking.project",),
     "wandb_project": ("tracking.project",),
+    # experts
+    "num_experts": ("model.moe.experts",),
+    "num_local_experts": ("model.moe.experts",),
+    "num_moe_experts": ("model.moe.experts",),
+    "num_experts_per_tok": ("model.moe.top_k",),
+    "moe_router_topk": ("model.moe.top_k",),
+    "moe_intermediate_size": ("model.moe.intermediate_size",),
+    "norm_topk_prob": ("model.moe.normalise",),
+    "router_aux_loss_coef": ("model.moe.balance",),
+    "moe_aux_loss_coeff": ("model.moe.balance",),
+    "moe_aux_loss_coef": ("model.moe.balance",),
+    "aux_loss_coef": ("model.moe.balance",),
     # precision, layout and machines
     "bf16": ("engine.precision",),
     "fp16": ("engine.precision",),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from framework.checkpoint.manager import CheckpointManager
+from framework.core.config import require
 from framework.core.deadline import deadline
 from framework.core.errors import UsageError
 from framework.core.places import local
@@ -21,7 +22,7 @@ from framework.engine.loop import train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
 from framework.models.adapters import save_adapter
-from framework.models.config import LoraConfig, ModelConfig, Position
+from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
 from framework.models.hub import pieces_of, read_folder, save_weights
 from framework.models.init import parameter_shapes, random_weights
 from framework.models.lora import merged, targets, with_fresh
@@ -48,6 +49,15 @@ class Rows:
 Ready = Callable[[Engine, Rows], Rows]
 
 
+_WRITES = (Architecture.CAUSAL, Architecture.PREFIX)
+_TRAINS = {  # a stage -> the architectures that can learn what it teaches
+    "pretrain": tuple(Architecture),
+    "sft": _WRITES,
+    "preference": _WRITES,
+    "reward_model": (*_WRITES, Architecture.ENCODER),
+}
+
+
 @dataclass(frozen=True)
 class Start:
     """Where training starts: an architecture, its weights, and the tokenizer that belongs to them."""
@@ -70,6 +80,7 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
     else:
         model, stored, shapes = read_folder(config.init_from)
         refuse_other(config.model, model, config.init_from)
+        model = balanced(model, config.model.moe.balance)
         start = Start(model, with_fresh_heads(stored, set(shapes), model, config.seed), tokenizer)
     if model.vocab_size < tokenizer.vocab_size:
         owner = "take the tokenizer that belongs to the model"
@@ -82,15 +93,27 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
             f"data.max_tokens={config.data.max_tokens} is longer than the model's {model.max_positions} learned "
             f"positions; choose at most {model.max_positions}"
         )
+    require(
+        model.architecture in _TRAINS[config.stage],
+        f"{config.stage} does not train a model of architecture={model.architecture}; it takes one of "
+        f"{', '.join(map(str, _TRAINS[config.stage]))}",
+    )
     check(start.model, config.parallel, config.engine, world_size)
     if config.lora.rank:
         start = replace(start, weights=with_fresh(start.weights, model, config.lora, config.seed), lora=config.lora)
     return replace(start, frozen=frozen_of(config, model))
 
 
+def balanced(model: ModelConfig, coefficient: float) -> ModelConfig:
+    """How much experts are balanced is the training's: the recipe's word where it says one, else config.json's."""
+    return replace(model, moe=replace(model.moe, balance=coefficient)) if coefficient and model.moe.experts else model
+
+
 def refuse_other(given: ModelConfig, there: ModelConfig, folder: str) -> None:
     """The folder brings the architecture: what the recipe says of it (other than a default) must be the same."""
     default = ModelConfig()
+    if there.moe.experts:
+        given, there = (replace(x, moe=replace(x.moe, balance=0.0)) for x in (given, there))
     for name in (entry.name for entry in fields(ModelConfig)):
         asked, has = getattr(given, name), getattr(there, name)
         if asked not in (getattr(default, name), has):

@@ -1,6 +1,7 @@
 """Experts: a router by hand, transformers' formula of balance, no token dropped, strict bits, any split of a batch."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from framework.core.errors import UsageError
+from framework.models.adapters import Adapter, save_adapter
 from framework.models.config import Activation, LoraConfig, ModelConfig, MoeConfig
 from framework.models.families.llama import FAMILIES
+from framework.models.hub import pieces_of
+from framework.models.init import random_weights
 from framework.models.lora import targets
 from framework.models.moe import Mixture, balance_gradient
 from framework.models.transformer import Transformer
@@ -130,6 +134,17 @@ def test_an_adapter_takes_attention_alone() -> None:
         targets(MOE, LoraConfig(rank=2, targets=["q", "down"]))
 
 
+def test_an_adapter_of_an_expert_is_refused(tmp_path: Path) -> None:
+    config = replace(MOE, family="qwen3_moe", qk_norm=True, moe=MoeConfig(experts=4))
+    places = pieces_of(config)
+    low_rank = {"model.layers.1.mlp.experts.3.up_proj": (torch.zeros(2, 32), torch.zeros(40, 2))}
+    with pytest.raises(UsageError, match=r"adapts model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight, an expert's"):
+        Adapter("base", 1.0, low_rank, {}).over(random_weights(config, 0), places, tmp_path)
+    whole = {"layers.1.mlp.experts.up.weight": torch.zeros(4, 40, 32)}
+    with pytest.raises(UsageError, match=r"experts\.0\.up_proj\.weight and its like, experts, have no place in an ada"):
+        save_adapter(tmp_path / "adapter", "base", LoraConfig(rank=2), {}, whole, places, "CAUSAL_LM")
+
+
 def test_balance_by_hand() -> None:
     """Two experts, one a token. Row 0: experts 0, 0, 1 and padding; T = 3, f = 2/3 x (2, 1), and each probability
     counts f / T. Row 1: all padding."""
@@ -177,5 +192,16 @@ def test_balance_of_a_batch_is_the_sum_over_its_rows_and_switch_s_is_not() -> No
     logits, chosen, real = routed(4)
     alone = sum(ours(logits[i : i + 1], chosen[i : i + 1], real[i : i + 1]) for i in range(4))
     torch.testing.assert_close(ours(logits, chosen, real), alone, rtol=0, atol=1e-12)
+    logits = logits.detach()
     each = sum(float(theirs(logits[i : i + 1], real[i : i + 1])) for i in range(4)) / 4
     assert abs(float(theirs(logits, real)) - each) > 0.01
+
+
+def test_a_row_has_its_bits_whatever_rows_stand_beside_it() -> None:
+    """Law On-policy: not strict, but in one row shape, as the update's and the inference before it."""
+    model, x = drawn(MOE), tokens(40, 8)
+    with torch.no_grad():
+        first = model(x[:2])
+        for other in range(2, 40):
+            assert torch.equal(model(x[[0, other]])[0], first[0])
+            assert torch.equal(model(x[[other, 1]])[1], first[1])

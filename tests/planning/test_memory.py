@@ -8,7 +8,7 @@ import torch.distributed.fsdp  # noqa: F401  (imported once, before the ranks ar
 from framework.core.runtime import Runtime
 from framework.engine.config import EngineConfig, Precision
 from framework.engine.precision import MASTER
-from framework.models.config import Activation, ModelConfig, Norm, Position
+from framework.models.config import Activation, ModelConfig, MoeConfig, Norm, Position
 from framework.parallel.config import ParallelConfig, Recompute, Schedule
 from framework.planning.activations import Load, block_kept, head_kept, shared_kept
 from framework.planning.memory import Batch, Numbers, by_place, fullest
@@ -21,6 +21,11 @@ AWKWARD = ModelConfig(
     vocab_size=37, hidden_size=12, num_layers=5, num_heads=4, num_kv_heads=4, intermediate_size=22, tied=False,
     norm=Norm.LAYER, activation=Activation.GELU, position=Position.LEARNED, max_positions=19, mlp_bias=True,
 )  # fmt: skip
+EXPERTS = ModelConfig(
+    vocab_size=37, hidden_size=16, num_layers=6, num_heads=4, num_kv_heads=4, intermediate_size=22,
+    moe=MoeConfig(experts=3, top_k=2, intermediate_size=7, shared=9, shared_gate=True, first=1, every=2),
+)  # fmt: skip
+MODELS = {1: (MODEL, AWKWARD), 2: (MODEL, AWKWARD), 4: (MODEL, AWKWARD, EXPERTS)}  # by the number of ranks
 ON_ONE = {"single": ParallelConfig(), "zero2": ParallelConfig("zero2", zero=2)}
 ON_TWO = {
     "ddp": ParallelConfig("ddp"),
@@ -46,7 +51,7 @@ def held(runtime: Runtime, layouts: dict[str, ParallelConfig], precision: Precis
     """(weights, gradients, moments) in bytes that this rank holds after a backward, by layout and model."""
     found: dict[str, Any] = {}
     for name, parallel in layouts.items():
-        for model in (MODEL, AWKWARD):
+        for model in MODELS[runtime.world_size]:
             engine: Any = build(runtime, parallel, EngineConfig(precision=precision), model=model)
             engine.forward_backward(packed(4), language_loss)
             found[name, model.num_layers] = flat_parts(engine) if parallel.zero else parts(engine)
@@ -78,7 +83,7 @@ def test_states_are_what_engines_hold(world: int, layouts: dict[str, ParallelCon
     ranks = run_ranks(held, world, layouts, precision, timeout_s=120)
     numbers = Numbers(master=MASTER[precision].itemsize)
     for name, parallel in layouts.items():
-        for model in (MODEL, AWKWARD):
+        for model in MODELS[world]:
             real = [rank[name, model.num_layers] for rank in ranks]
             ours = max(by_place(model, BATCH, parallel, world, numbers), key=lambda memory: memory.states)
             said = (ours.weights, ours.optimizer) if parallel.zero else (ours.weights, ours.gradients, ours.optimizer)

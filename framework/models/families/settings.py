@@ -220,6 +220,9 @@ class Window:
             )
 
 
+_NORMALISE = Key("normalise", "norm_topk_prob", False)
+
+
 @dataclass(frozen=True)
 class Experts:
     """A mixture of Qwen's: `num_experts` of `moe_intermediate_size`, in every layer that `decoder_sparse_step` divides,
@@ -244,7 +247,7 @@ class Experts:
                 intermediate_size=self._of(theirs, "moe_intermediate_size", self.size),
                 shared=self._of(theirs, "shared_expert_intermediate_size", self.shared) if self.shared else 0,
                 shared_gate=self.shared > 0,
-                normalise=bool(theirs.get("norm_topk_prob", False)),
+                **_NORMALISE.read(theirs),
                 first=self._first(theirs),
                 every=self._of(theirs, "decoder_sparse_step", 1),
                 balance=float(theirs.get("router_aux_loss_coef", 0.001)) if asked else 0.0,
