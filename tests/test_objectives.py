@@ -109,6 +109,38 @@ def test_a_tokenizer_without_a_mask_token_is_refused(
     assert "needs a tokenizer with a mask token" in capsys.readouterr().err
 
 
+def test_t5_learns_hidden_spans_and_opens_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = ["data.train=[corpora/tang/valid.txt]", "tokenizer.kind=character", "tokenizer.vocab_size=900"]
+    framework("tokenizer", *tokens, "tokenizer.sentinels=20", "tracking.progress=false", cwd=tmp_path)
+    t5 = [
+        "model=t5-small", "model.vocab_size=0", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
+        "model.head_dim=16", "model.intermediate_size=64",
+    ]  # fmt: skip
+    short = ["train.steps=20", "batch.size=8", "optim.lr=0.01", "train.validate_every=20", "language.span=2"]
+    framework(*pretrain(tmp_path, *t5, *short), cwd=tmp_path)
+    folder = tmp_path / "runs/pretrain"
+    assert figures(folder)["valid/loss"] < figures(folder)["valid/loss/before"] - 0.3
+    theirs: Any
+    theirs, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    assert theirs.config.decoder_start_token_id == tokenizer.pad_token_id == theirs.config.pad_token_id
+    read = tokenizer("春風<extra_id_0>又綠<extra_id_1>", return_tensors="pt").input_ids
+    written = torch.tensor([[tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<extra_id_0>"), 30]])
+    ours = hub.load(folder / "model")
+    mine = ours.logits(ours(written, encoder_tokens=read))
+    torch.testing.assert_close(mine, theirs(read, decoder_input_ids=written).logits, rtol=0, atol=1e-4)
+    assert theirs.generate(read, max_new_tokens=4).shape[1] > 1
+    capsys.readouterr()
+    assert main(["generate", str(folder / "model"), "春"]) == 2
+    assert "architecture=encoder_decoder writes no text here" in capsys.readouterr().err
+    assert main(["sft", f"init_from={folder}/model", "data.train=[corpora/tang/sft.valid.jsonl]", *_QUIET[:3]]) == 2
+    assert "sft does not train a model of architecture=encoder_decoder" in capsys.readouterr().err
+
+
 def test_a_prefix_model_goes_through_every_stage(tmp_path: Path) -> None:
     """Prompts are seen whole by trainer and generator alike: their log-probs agree to the last bit."""
     words = ["pretrain.model.family=framework", "pretrain.model.architecture=prefix"]

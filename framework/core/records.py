@@ -313,6 +313,10 @@ class Tokenizer(Protocol):
     @property
     def mask_id(self) -> int | None: ...  # stands for a hidden token, where the tokenizer has one
     @property
+    def start_id(self) -> int: ...  # in front of what a decoder writes beside an encoder
+    @property
+    def sentinel_ids(self) -> tuple[int, ...]: ...  # stand for hidden spans, one after another; () where it has none
+    @property
     def fingerprint(self) -> str: ...  # equal for tokenizers that give equal ids and equal templates
     def encode(self, text: str) -> list[int]: ...  # adds no special tokens, recognises those in `text`
     def encode_many(self, texts: list[str]) -> list[list[int]]: ...

@@ -70,10 +70,11 @@ def _share(word: str) -> float | None:
 class Objective(Choice):
     """What of a text is hidden, and predicted."""
 
-    AUTO = "auto"  # what suits model.architecture: causal, prefix, or masked of an encoder
+    AUTO = "auto"  # what suits model.architecture: causal, prefix, masked of an encoder, spans of one with a decoder
     CAUSAL = "causal"  # each next token (Radford et al. 2018)
     PREFIX = "prefix"  # each next token behind a first part of random length (Raffel et al. 2020, section 3.2.3)
     MASKED = "masked"  # some tokens, from all others (Devlin et al. 2018)
+    SPANS = "spans"  # spans of tokens, written one after another from the rest (Raffel et al. 2020, section 3.1.4)
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ class LanguageConfig:
     """What a language model learns from plain text."""
 
     objective: Objective = Objective.AUTO
-    share: float = 0.15  # masked: of the tokens, predicted
+    share: float = 0.15  # masked, spans: of the tokens, predicted
+    span: float = 3.0  # spans: their mean length in tokens
     masked: float = 0.8  # masked: of those, read as the tokenizer's mask token
     random: float = 0.1  # masked: of those, read as any token; the rest are read as they are
 
     def __post_init__(self) -> None:
+        require(self.span >= 1, f"language.span={self.span} must be at least 1: the mean length of a span in tokens")
         require(0 < self.share < 1, f"language.share={self.share} must be between 0 and 1")
         require(
             min(self.masked, self.random) >= 0 and self.masked + self.random <= 1,

@@ -37,8 +37,8 @@ class NativeGenerator:
     ):
         """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten."""
         require(
-            config.architecture is not Architecture.ENCODER,
-            "a model of architecture=encoder writes no text: it sees what it would have to write",
+            config.architecture in (Architecture.CAUSAL, Architecture.PREFIX),
+            f"a model of architecture={config.architecture} writes no text here: only causal and prefix models do",
         )
         require(generation.slots >= 1, f"generation.slots={generation.slots} must be at least 1")
         self.config = config

@@ -5,7 +5,7 @@ from torch import Tensor
 from framework.core.config import require
 from framework.core.records import Counts, Metrics, Rows
 from framework.data.config import Objective
-from framework.data.denoising import Shape, shaped_by
+from framework.data.denoising import Marks, Shape, shaped_by
 from framework.data.loader import RowSource
 from framework.data.pretrain import open_rows
 from framework.models.config import Architecture
@@ -28,6 +28,7 @@ _SUITS = {
     Architecture.CAUSAL: Objective.CAUSAL,
     Architecture.PREFIX: Objective.PREFIX,
     Architecture.ENCODER: Objective.MASKED,
+    Architecture.ENCODER_DECODER: Objective.SPANS,
 }
 
 
@@ -69,7 +70,12 @@ def language_of(config: PretrainRun, start: Start) -> tuple[Objective, Shape]:
         "language.objective=masked needs a tokenizer with a mask token: train one with "
         "tokenizer.mask=true, or take one that has it (BERT's)",
     )
-    return objective, shaped_by(config.language, objective, mask_id, start.tokenizer.vocab_size, config.seed)
+    require(
+        objective is not Objective.SPANS or bool(start.tokenizer.sentinel_ids),
+        "language.objective=spans needs a tokenizer with sentinels: train one with tokenizer.sentinels=100, or take "
+        "one that has <extra_id_0> (T5's)",
+    )
+    return objective, shaped_by(config.language, objective, Marks.of(start.tokenizer), config.seed)
 
 
 def per_byte(figures: Figures, valid: RowSource) -> Figures:

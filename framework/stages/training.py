@@ -220,6 +220,8 @@ def fit(
             peak_flops=peak and peak * place.world_size,
         )
     extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
+    if start.model.encoder:
+        extra |= dict.fromkeys(("decoder_start_token_id", "pad_token_id"), start.tokenizer.start_id)
     extra |= describe(outcome.figures)
     export(engine, start, config, job, num_classes, extra)
     return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}

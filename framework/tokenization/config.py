@@ -7,6 +7,7 @@ from framework.core.config import Choice, require
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"  # ends a document and every turn of a conversation
 MASK_TOKEN = "<|mask|>"
+SENTINEL = "<extra_id_{}>"  # as T5 spells them
 REQUIRED_TOKENS = (END_TOKEN, "<|user|>", "<|assistant|>")  # the chat template writes them
 UNKNOWN_TOKEN = "[UNK]"  # of wordpiece alone; no special token, so that decoding shows what was lost
 NUM_BYTES = 256
@@ -37,6 +38,7 @@ class TokenizerConfig:
         default_factory=lambda: [PAD_TOKEN, END_TOKEN, "<|user|>", "<|assistant|>", "<|system|>"]
     )
     mask: bool = False  # a special token <|mask|> behind those, for language.objective=masked
+    sentinels: int = 0  # special tokens <extra_id_0> ... for language.objective=spans (T5: 100)
     lowercase: bool = False  # wordpiece: lower case, without accents, as bert-base-uncased
     new_tokens: int = 1000  # extend: how many pieces are learned at most
 
@@ -59,12 +61,14 @@ class TokenizerConfig:
             not self.lowercase or self.kind is TokenizerKind.WORDPIECE,
             f"tokenizer.lowercase=true is for tokenizer.kind=wordpiece; {self.kind} keeps every text as it is",
         )
+        require(self.sentinels >= 0, f"tokenizer.sentinels={self.sentinels} must not be negative")
         require(self.new_tokens > 0, f"tokenizer.new_tokens={self.new_tokens} must be at least 1")
 
     @property
     def specials(self) -> list[str]:
         """All special tokens, in the order of their ids."""
-        return [*self.special_tokens, MASK_TOKEN] if self.mask else self.special_tokens
+        sentinels = [SENTINEL.format(number) for number in range(self.sentinels)]
+        return [*self.special_tokens, *([MASK_TOKEN] if self.mask else []), *sentinels]
 
 
 _BYTES = (f"{NUM_BYTES} bytes", NUM_BYTES)

@@ -17,6 +17,7 @@ from framework.core.errors import DataError, UsageError
 from framework.core.places import local
 from framework.core.records import Message
 from framework.tokenization import template, vocabulary
+from framework.tokenization.config import SENTINEL
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -49,6 +50,19 @@ class HubTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def start_id(self) -> int:
+        """The pad token, as T5 begins; the end token where none is named."""
+        return self._id_of("pad_token") if "pad_token" in self._named_tokens else self.end_id
+
+    @functools.cached_property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """<extra_id_0>, <extra_id_1>, ... as far as there are."""
+        found: list[int] = []
+        while (index := self._backend.token_to_id(SENTINEL.format(len(found)))) is not None:
+            found.append(index)
+        return tuple(found)
 
     @functools.cached_property
     def fingerprint(self) -> str:
