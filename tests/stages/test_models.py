@@ -65,7 +65,7 @@ def test_the_axes_are_as_many_as_the_stage_help_says(capsys: pytest.CaptureFixtu
     promised = re.search(r"model\.AXIS=\.\.\. +(\d+) axes of the architecture", capsys.readouterr().out)
     assert promised
     assert len(keys) == int(promised[1])
-    assert "    alibi    -slope of the head x distance, added to the scores (Press et al. 2022)" in lines
+    assert "    alibi     -slope of the head x distance, added to the scores (Press et al. 2022)" in lines
 
 
 def test_three_models_side_by_side() -> None:
