@@ -270,7 +270,7 @@ NIGHTLY = [pytest.param(layout, marks=pytest.mark.nightly) for layout in ("fsdp"
 def test_two_ranks_end_where_one_does(folder: Path, tmp_path: Path, undisturbed: Path, layout: str) -> None:
     """Seven pairs to validate on do not divide by two ranks."""
     argv = words(folder, tmp_path / "run", f"parallel={layout}", "batch.micro_size=1", "train.validate_every=3")
-    assert run_ranks(as_rank, 2, argv) == [0, 0]
+    assert run_ranks(as_rank, 2, argv, timeout_s=240, deadline_s=120) == [0, 0]
     theirs, ours = figures(undisturbed), figures(tmp_path / "run")
     names = [name for name in theirs if name.startswith("valid/") or name == "train/grad_norm"]
     assert len(names) > 8
