@@ -92,7 +92,7 @@ def test_other_stages_end_where_ddp_ends(stage: str, layout: str, tmp_path: Path
     parts = [f"data.{part}=[corpora/tang/{CORPUS[stage]}.{part}.jsonl]" for part in ("train", "valid")]
     words = [stage, f"init_from={folder / 'policy'}", *parts, f"data.cache={folder / 'prepared'}", "data.max_tokens=32"]
     words += ["train.steps=3", "optim.lr=1e-2", "batch.size=4", "tracking.every=1", "tracking.progress=false"]
-    words += ["device=cpu", "threads=1"]
+    words += ["device=cpu", "threads=1", *(["dpo.beta=5"] if stage == "preference" else [])]
     log = tmp_path / "log"
     assert end(fork([*words, f"run.root={tmp_path / 'ddp'}", "parallel=ddp"], log), log)[0] == 0
     framework(*words, f"run.root={tmp_path / layout}", f"parallel={layout}", "cluster.workers=2", cwd=tmp_path)

@@ -186,26 +186,26 @@ def test_the_first_step_starts_at_the_reference_which_is_the_starting_model(fold
 
 
 @pytest.mark.parametrize(
-    ("where", "nth", "lost"),
+    ("name", "code", "where", "nth", "lost"),
     [
-        ("framework.engine.torch_engine:TorchEngine.infer", 3, False),
-        ("framework.engine.torch_engine:TorchEngine.forward_backward", 5, False),
-        ("framework.engine.torch_engine:TorchEngine.forward_backward", 5, True),
+        ("SIGTERM", 143, "infer", 3, False),
+        ("SIGKILL", -9, "infer", 3, False),
+        ("SIGKILL", -9, "forward_backward", 5, False),
+        ("SIGKILL", -9, "forward_backward", 5, True),
     ],
-    ids=["asking", "training", "the file lost too"],
+    ids=["asked while asking", "killed while asking", "in training", "the file lost too"],
 )
-def test_killed_and_continued_it_ends_in_the_same_bits(
-    folder: Path, tmp_path: Path, undisturbed: Path, where: str, nth: int, lost: bool
+def test_stopped_and_continued_it_ends_in_the_same_bits(
+    folder: Path, tmp_path: Path, undisturbed: Path, name: str, code: int, where: str, nth: int, lost: bool
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     argv = words(folder, run, "checkpoint.every=2")
-    assert end(fork(argv, log, f"SIGKILL {where} {nth}"), log)[0] == -9
+    assert end(fork(argv, log, f"{name} framework.engine.torch_engine:TorchEngine.{where} {nth}"), log)[0] == code
     assert (run / FILE).exists() == (nth == 5)
     assert bool(list(run.glob("checkpoints/step_*"))) == (nth == 5)
     if lost:
         (run / FILE).unlink()
-    code, said = end(fork(argv, log), log)
-    assert code == 0, said
+    assert end(fork(argv, log), log)[0] == 0
     assert content(run) == content(undisturbed)
 
 
@@ -270,7 +270,7 @@ NIGHTLY = [pytest.param(layout, marks=pytest.mark.nightly) for layout in ("fsdp"
 def test_two_ranks_end_where_one_does(folder: Path, tmp_path: Path, undisturbed: Path, layout: str) -> None:
     """Seven pairs to validate on do not divide by two ranks."""
     argv = words(folder, tmp_path / "run", f"parallel={layout}", "batch.micro_size=1", "train.validate_every=3")
-    assert run_ranks(as_rank, 2, argv) == [0, 0]
+    assert run_ranks(as_rank, 2, argv, timeout_s=240, deadline_s=120) == [0, 0]
     theirs, ours = figures(undisturbed), figures(tmp_path / "run")
     names = [name for name in theirs if name.startswith("valid/") or name == "train/grad_norm"]
     assert len(names) > 8
