@@ -136,9 +136,24 @@ def test_t5_learns_hidden_spans_and_opens_in_transformers(
     assert theirs.generate(read, max_new_tokens=4).shape[1] > 1
     capsys.readouterr()
     assert main(["generate", str(folder / "model"), "春"]) == 2
-    assert "architecture=encoder_decoder writes no text here" in capsys.readouterr().err
+    assert "architecture=encoder_decoder, position=relative writes no text here" in capsys.readouterr().err
     assert main(["sft", f"init_from={folder}/model", "data.train=[corpora/tang/sft.valid.jsonl]", *_QUIET[:3]]) == 2
     assert "sft does not train a model of architecture=encoder_decoder" in capsys.readouterr().err
+
+
+def test_glm_learns_to_fill_blanks(encoder: Path) -> None:
+    """The tokenizer's mask token stands for a span; the folder comes back as it is."""
+    glm = [
+        "model=chatglm-6b", "model.vocab_size=0", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
+        "model.intermediate_size=64", "name=glm",
+    ]  # fmt: skip
+    short = ["train.steps=20", "batch.size=8", "optim.lr=0.01", "train.validate_every=20"]
+    framework(*pretrain(encoder, *glm, *short), cwd=encoder)
+    folder = encoder / "runs/glm"
+    assert figures(folder)["valid/loss"] < figures(folder)["valid/loss/before"] - 0.3
+    said = json.loads((folder / "model/config.json").read_text())
+    assert (said["model_type"], said["position_encoding_2d"]) == ("chatglm", True)
+    assert hub.load(folder / "model").config.num_layers == 1
 
 
 def test_a_prefix_model_goes_through_every_stage(tmp_path: Path) -> None:

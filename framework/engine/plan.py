@@ -47,8 +47,13 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])
     sees = f"architecture={model.architecture.value}"
     looks_ahead = model.architecture is not Architecture.CAUSAL
-    biased = model.position in (Position.ALIBI, Position.RELATIVE)
-    unknown = {f"position={model.position.value}": biased, "window": model.window > 0, sees: looks_ahead}
+    biased = model.position in (Position.ALIBI, Position.RELATIVE, Position.ROTARY_2D)
+    unknown = {
+        f"position={model.position.value}": biased,
+        "window": model.window > 0,
+        sees: looks_ahead,
+        "score_cap": model.score_cap > 0,
+    }
     for axis, is_set in unknown.items():
         require(
             sizes["context"] == 1 or not is_set,
