@@ -127,30 +127,6 @@ def test_an_adapter_that_does_not_fit_is_named(folders: tuple[Path, Path], tmp_p
             hub.load(folders[1])
 
 
-def test_joined_matrices_have_no_place_for_an_adapter(tmp_path: Path) -> None:
-    model = hub.load(gpt2(tmp_path))
-    lora = LoraConfig(rank=2, targets=["q"])
-    with pytest.raises(
-        UsageError, match=r"an adapter of layers\.0\.attention\.q has no place in transformer\.h\.0\.attn"
-    ):
-        save_adapter(
-            tmp_path,
-            "base",
-            lora,
-            {"layers.0.attention.q.lora_a": torch.ones(2, 32)},
-            {},
-            hub.pieces_of(model.config),
-            "CAUSAL_LM",
-        )
-
-
-def gpt2(folder: Path) -> Path:
-    transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=37, n_embd=32, n_layer=2, n_head=4)
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_a_target_that_is_none_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         UsageError, match=r"lora\.targets: 'q_proj' is no part of this model: Choose one of: down, gate, k, o"
