@@ -145,7 +145,7 @@ def save_adapter(
         "lora_alpha": lora.alpha,
         "rank_pattern": ranks,
         "alpha_pattern": {end: lora.scale * (rank**0.5 if lora.rslora else rank) for end, rank in ranks.items()},
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "bias": "none",
         "fan_in_fan_out": any(piece.transposed for place in pieces.values() for piece in parts_of(place)),

@@ -330,10 +330,12 @@ class LoraConfig:
     rslora: bool = False  # by alpha / sqrt(rank) (Kalajdzievski 2023)
     targets: list[str] = field(default_factory=list)  # [q, k, v, o, gate, up, down]; empty = all of them
     also: list[str] = field(default_factory=list)  # parts that learn in full beside it: [embedding, head]
+    dropout: float = 0.0  # the share of the adapter's inputs that training leaves out; what is frozen sees all of them
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 = no adapter")
         require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
 
     @property
     def scale(self) -> float:

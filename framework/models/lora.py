@@ -2,7 +2,7 @@
 
 The layer gives x W^T + scale (x A^T) B^T with scale = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023). A is drawn
 and B is zero, so that a model with a fresh adapter is the model. Of a model with experts attention alone is adapted.
-Left out: dropout, DoRA, embeddings (they may learn in full, `also`), and how others write an adapter down (`adapters`).
+Left out: DoRA, embeddings (they may learn in full, `also`), and how others write an adapter down (`adapters`).
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from framework.core.config import require
 from framework.core.records import Box, ReadBox
 from framework.models.config import LoraConfig, ModelConfig
+from framework.models.dropout import Dropout, Moment
 from framework.models.frozen import matched
 from framework.models.init import draw, parameter_shapes
 from framework.models.layers import Linear, strict_linear
@@ -26,18 +27,19 @@ _A, _B = "lora_a", "lora_b"
 class LoraLinear(Linear):
     """A Linear with an adapter. Its parameters: weight, bias, lora_a[r,I], lora_b[O,r]."""
 
-    def __init__(self, base: Linear, rank: int, scale: float):
+    def __init__(self, base: Linear, rank: int, scale: float, dropout: Dropout | None = None):
         outputs, inputs = base.weight.shape
         with torch.device("meta"):
             super().__init__(inputs, outputs, base.bias is not None, base.strict)
             self.lora_a = nn.Parameter(torch.empty(rank, inputs))
             self.lora_b = nn.Parameter(torch.empty(outputs, rank))
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
 
     def product(self, x: Tensor) -> Tensor:
         """x[..., I] -> [..., O], without bias."""
         apply = strict_linear if self.strict else F.linear
-        return apply(x, self.weight, None) + self.scale * apply(apply(x, self.lora_a, None), self.lora_b, None)
+        low = x if self.dropout is None else self.dropout(x)
+        return apply(x, self.weight, None) + self.scale * apply(apply(low, self.lora_a, None), self.lora_b, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., I] -> [..., O]."""
@@ -45,12 +47,15 @@ class LoraLinear(Linear):
         return y if self.bias is None else y + self.bias
 
 
-def attach(model: Transformer, lora: LoraConfig) -> None:
-    """Give the matrices that `lora` names their adapters, in place. The model stands on the meta device."""
+def attach(model: Transformer, lora: LoraConfig, seed: int = 0) -> None:
+    """Give the matrices that `lora` names their adapters, in place. The model stands on the meta device. `seed`: of
+    what dropout draws."""
+    moment = Moment()
     for path in targets(model.config, lora):
         owner, _, leaf = path.rpartition(".")
         holder = model.get_submodule(owner)
-        setattr(holder, leaf, LoraLinear(getattr(holder, leaf), lora.rank, lora.scale))
+        dropout = Dropout(lora.dropout, seed, path, moment) if lora.dropout else None
+        setattr(holder, leaf, LoraLinear(getattr(holder, leaf), lora.rank, lora.scale, dropout))
 
 
 def targets(config: ModelConfig, lora: LoraConfig) -> list[str]:
