@@ -24,18 +24,27 @@ from framework.models.families.tensors import Piece, Place, Stack, joined, parts
 from framework.models.lora import plus
 
 _CONFIG, _FILE, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-_LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_m": "lora_magnitude_vector"}
 # Settings of PEFT under which a stored adapter is not W + scale B A.
-_PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False}
+_PLAIN = {"bias": "none", "lora_bias": False}
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What a folder adds to one of their matrices, read as [outputs, inputs]: scale b[O,r] a[r,I]."""
+    """What a folder adds to one of their matrices, read as [outputs, inputs]: scale b[O,r] a[r,I]; with DoRA, how long
+    the rows are then [O]."""
 
     a: Tensor
     b: Tensor
     scale: float
+    lengths: Tensor | None = None
+
+    def to(self, weight: Tensor, piece: Piece, row: int) -> Tensor:
+        """Whole rows of ours, [n,I] from `row` on, with it."""
+        runs = [slice(start, start + length) for start, length in piece.runs(row, len(weight))]
+        b = torch.cat([self.b[run] for run in runs])
+        lengths = None if self.lengths is None else torch.cat([self.lengths[run] for run in runs])
+        return plus(weight, self.a, b, self.scale, lengths)
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,11 @@ class Adapter:
         def merged(name: str, box: Box) -> Tensor:
             if name in places and places[name].theirs in self.whole:
                 return places[name].read(self.whole[places[name].theirs], box)
-            weight = read(name, box)
             if name not in here:
-                return weight
+                return read(name, box)
             (row, rows), (column, columns) = box
-            added, runs = here[name], list(places[name].runs(row, rows))
-            b = torch.cat([added.b[start : start + length] for start, length in runs])
-            return plus(weight, added.a[:, column : column + columns], b, added.scale)
+            weight = read(name, ((row, rows), (0, here[name].a.shape[1])))
+            return here[name].to(weight, places[name], row)[:, column : column + columns]
 
         return merged
 
@@ -112,7 +119,8 @@ def open_adapter(folder: Path) -> Adapter:
     for path in paths:
         a, b = tensors.pop(path + ends[0]), tensors.pop(path + ends[1])
         alpha = _pattern(theirs.get("alpha_pattern") or {}, path, theirs["lora_alpha"])
-        low_rank[path] = LowRank(a, b, LoraConfig(len(a), alpha, theirs.get("use_rslora", False)).scale)
+        scale = LoraConfig(len(a), alpha, theirs.get("use_rslora", False)).scale
+        low_rank[path] = LowRank(a, b, scale, tensors.pop(f"{path}.{_LEAVES['lora_m']}", None))
     return Adapter(theirs["base_model_name_or_path"], low_rank, tensors)
 
 
@@ -146,6 +154,7 @@ def save_adapter(
         "rank_pattern": ranks,
         "alpha_pattern": {end: lora.scale * (rank**0.5 if lora.rslora else rank) for end, rank in ranks.items()},
         "lora_dropout": lora.dropout,
+        "use_dora": lora.dora,
         "use_rslora": lora.rslora,
         "bias": "none",
         "fan_in_fan_out": any(piece.transposed for place in pieces.values() for piece in parts_of(place)),
@@ -160,25 +169,31 @@ def save_adapter(
 
 
 def _by_their_path(low_rank: Mapping[str, Tensor], pieces: Mapping[str, Place]) -> dict[str, dict[str, Tensor]]:
-    """Their path of each adapted matrix -> lora_a[r,I] and lora_b[O,r], of all parts of it that are ours."""
-    parts: dict[str, list[tuple[Piece, Tensor, Tensor]]] = {}
-    for name, b in low_rank.items():
-        path, _, leaf = name.rpartition(".")
-        if leaf == "lora_b":
-            piece = _one(pieces[f"{path}.weight"])
-            parts.setdefault(_path(piece), []).append((piece, low_rank[f"{path}.lora_a"], b))
+    """Their path of each adapted matrix -> what `_LEAVES` names, of all parts of it that are ours."""
+    parts: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in low_rank):
+        piece = _one(pieces[f"{path}.weight"])
+        ours = {leaf: low_rank[f"{path}.{leaf}"] for leaf in _LEAVES if f"{path}.{leaf}" in low_rank}
+        parts.setdefault(_path(piece), []).append((piece, ours))
     return {path: _side_by_side(some) for path, some in parts.items()}
 
 
-def _side_by_side(parts: list[tuple[Piece, Tensor, Tensor]]) -> dict[str, Tensor]:
-    """One adapter that does what those of the parts do: see the module."""
-    a = torch.cat([a for _, a, _ in parts])
-    b, done = a.new_zeros(_outputs_inputs(parts[0][0])[0], len(a)), 0
-    for piece, _, ours in parts:
-        rank = ours.shape[1]
-        replace(piece, transposed=False).write(b[:, done : done + rank], ours)
+def _side_by_side(parts: list[tuple[Piece, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """One adapter that does what those of the parts do: see the module. UsageError where a row would have no length."""
+    a = torch.cat([ours["lora_a"] for _, ours in parts])
+    rows = _outputs_inputs(parts[0][0])[0]
+    theirs, done = {"lora_a": a, "lora_b": a.new_zeros(rows, len(a))}, 0
+    if "lora_m" in parts[0][1]:
+        if sum(len(ours["lora_m"]) for _, ours in parts) < rows:
+            raise UsageError(f"lora.dora adapts some of the matrices that are one in {parts[0][0].theirs}; adapt all")
+        theirs["lora_m"] = a.new_zeros(rows)
+    for piece, ours in parts:
+        piece, rank = replace(piece, transposed=False), len(ours["lora_a"])
+        piece.write(theirs["lora_b"][:, done : done + rank], ours["lora_b"])
+        if "lora_m" in ours:
+            piece.write(theirs["lora_m"], ours["lora_m"])
         done += rank
-    return {"lora_a": a, "lora_b": b}
+    return theirs
 
 
 def _in_full(whole: Mapping[str, Tensor], pieces: Mapping[str, Place]) -> dict[str, Tensor]:

@@ -330,6 +330,7 @@ class LoraConfig:
     rslora: bool = False  # by alpha / sqrt(rank) (Kalajdzievski 2023)
     targets: list[str] = field(default_factory=list)  # [q, k, v, o, gate, up, down]; empty = all of them
     also: list[str] = field(default_factory=list)  # parts that learn in full beside it: [embedding, head]
+    dora: bool = False  # each row of a matrix has a length that learns beside its direction (Liu et al. 2024)
     dropout: float = 0.0  # the share of the adapter's inputs that training leaves out; what is frozen sees all of them
 
     def __post_init__(self) -> None:

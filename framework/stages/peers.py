@@ -126,6 +126,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "lora_modules_to_save": ("lora.also",),
     "modules_to_save": ("lora.also",),
     "use_rslora": ("lora.rslora",),
+    "use_dora": ("lora.dora",),
     "finetuning_type": ("lora.rank",),
     "freeze_trainable_layers": ("train.last_layers",),
     # precision, layout and machines

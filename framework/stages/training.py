@@ -246,7 +246,7 @@ def export(
     if start.lora is not None:
         learned = parameter_shapes(start.model).keys() - start.frozen | {"class_head.weight"}
         weights = _noting(weights, learned, whole)
-        weights = merged(weights, targets(start.model, start.lora), start.lora.scale, low_rank)
+        weights = merged(weights, targets(start.model, start.lora), start.lora, low_rank)
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
     start.tokenizer.save(str(folder))
     if start.lora is not None:

@@ -21,8 +21,8 @@ from tests.engine.lattice import MICRO, MODEL, OPTIM, PRETRAINING, UPDATES, Cour
 
 UPDATE = UPDATES[PRETRAINING]
 LORA = LoraConfig(rank=3, alpha=5.0)
-SOME = LoraConfig(rank=2, rslora=True, targets=["q", "o", "down"], also=["embedding", "layers.1.mlp_norm"])
-CASES = {"all": LORA, "some, and parts in full": SOME}
+SOME = LoraConfig(rank=2, rslora=True, dora=True, targets=["q", "o", "down"], also=["embedding", "layers.1.mlp_norm"])
+CASES = {"all": LORA, "some with DoRA, and parts in full": SOME}
 DROPPING = replace(LORA, dropout=0.3)
 
 
@@ -64,6 +64,7 @@ def test_what_a_recipe_s_words_give_an_adapter_to() -> None:
     shapes = lora_shapes(MODEL, SOME)
     assert shapes["layers.0.attention.o.lora_a"] == (2, 32)
     assert shapes["layers.3.mlp.down.lora_b"] == (20, 2)
+    assert shapes["layers.3.mlp.down.lora_m"] == (20,)
     assert {name.split(".")[-2] for name in shapes} == {"q", "o", "down"}
 
 

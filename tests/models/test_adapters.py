@@ -22,6 +22,7 @@ from tests.models.drawn import tokens
 from tests.models.test_families import CASES, Case
 
 peft = pytest.importorskip("peft")
+KINDS = [("a", "lora_A"), ("b", "lora_B"), ("m", "lora_magnitude_vector")]
 SIZE, INNER = 24, 42  # of the models in CASES
 
 
@@ -78,7 +79,8 @@ def saved(folder: Path, family: Joined, lora: LoraConfig) -> dict[str, Tensor]:
     family.case.drawn().save_pretrained(folder / "base")
     config, _, _ = hub.read_folder(folder / "base")
     torch.manual_seed(1)
-    held = {name: torch.randn(shape) * 0.2 for name, shape in lora_shapes(config, lora).items()}
+    shapes = lora_shapes(config, lora)
+    held = {name: torch.randn(shape) * 0.2 + (len(shape) == 1) for name, shape in shapes.items()}
     save_adapter(folder / "adapter", str(folder / "base"), lora, held, {}, hub.pieces_of(config), "CAUSAL_LM")
     return held
 
@@ -100,12 +102,11 @@ def by_peft(folder: Path, family: Joined) -> Any:
 
 
 @joined
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-@pytest.mark.parametrize("parts", [[0, 1], [1]], ids=["two", "one"])
-def test_peft_loads_ours_with_equal_logits_and_gradients(
-    family: Joined, rslora: bool, parts: list[int], tmp_path: Path
-) -> None:
-    lora = lora_of(family, parts, rslora=rslora)
+@pytest.mark.parametrize("kind", ["one, lora", "one, rslora", "all, lora", "all, rslora", "all, dora"])
+def test_peft_loads_ours_with_equal_logits_and_gradients(family: Joined, kind: str, tmp_path: Path) -> None:
+    number, _, word = kind.partition(", ")
+    parts = [1] if number == "one" else list(range(len(family.parts.split())))
+    lora = lora_of(family, parts, **({} if word == "lora" else {word: True}))
     ours = unmerged(tmp_path / "base", lora, saved(tmp_path, family, lora))
     theirs, x = by_peft(tmp_path, family), tokens(2, 9)
     a, b = ours.logits(ours(x)), theirs(x).logits
@@ -116,19 +117,22 @@ def test_peft_loads_ours_with_equal_logits_and_gradients(
     (a * weights).sum().backward()
     (b * weights).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    expected = their_gradients(family, parts, gradients, ours.config.num_layers)
+    kinds = KINDS if lora.dora else KINDS[:2]
+    expected = their_gradients(family, parts, kinds, gradients, ours.config.num_layers)
     assert expected.keys() == lora_shapes(ours.config, lora).keys()
     assert not gradients
     for name, gradient in expected.items():
         torch.testing.assert_close(ours.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-3)
 
 
-def their_gradients(family: Joined, parts: list[int], gradients: dict[str, Any], layers: int) -> dict[str, Tensor]:
+def their_gradients(
+    family: Joined, parts: list[int], kinds: list[tuple[str, str]], gradients: dict[str, Any], layers: int
+) -> dict[str, Tensor]:
     """By our names; what is taken is taken out of `gradients`."""
     found = {}
     for layer in range(layers):
-        for kind in "ab":
-            end = f"lora_{kind.upper()}.default.weight"
+        for kind, name in kinds:
+            end = f"{name}.default.weight"
 
             def pop(path: str, end: str = end, layer: int = layer) -> Any:
                 return gradients.pop(next(x for x in gradients if x.endswith(f"{path.format(layer)}.{end}")))
@@ -136,7 +140,8 @@ def their_gradients(family: Joined, parts: list[int], gradients: dict[str, Any],
             both = pop(family.theirs)
             for number, part in enumerate(parts):
                 columns = slice(3 * number, 3 * number + 3)
-                here = both[columns] if kind == "a" else both[family.rows(part)][:, columns]
+                here = both[columns] if kind == "a" else both[family.rows(part)]
+                here = here[:, columns] if kind == "b" else here
                 found[f"layers.{layer}.{family.parts.split()[part]}.lora_{kind}"] = here
             block = "mlp" if family.alone[0] == "down" else "attention"
             found[f"layers.{layer}.{block}.{family.alone[0]}.lora_{kind}"] = pop(family.alone[1])
@@ -144,8 +149,9 @@ def their_gradients(family: Joined, parts: list[int], gradients: dict[str, Any],
 
 
 @joined
-def test_an_adapter_of_joined_matrices_is_a_model_box_by_box(family: Joined, tmp_path: Path) -> None:
-    lora = lora_of(family, [0, 1])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_an_adapter_of_joined_matrices_is_a_model_box_by_box(family: Joined, dora: bool, tmp_path: Path) -> None:
+    lora = lora_of(family, list(range(len(family.parts.split()))), dora=dora)
     ours = unmerged(tmp_path / "base", lora, saved(tmp_path, family, lora))
     loaded, x = hub.load(tmp_path / "adapter"), tokens(2, 9)
     with torch.no_grad():
@@ -158,7 +164,7 @@ def test_an_adapter_of_joined_matrices_is_a_model_box_by_box(family: Joined, tmp
 
 @joined
 def test_we_load_what_peft_saved(family: Joined, tmp_path: Path) -> None:
-    """Dense B: no part of theirs is one of ours; ranks and alphas differ by module."""
+    """Dense B: no part of theirs is one of ours; ranks and alphas differ by module; DoRA, lengths of their own."""
     base = family.case.drawn()
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
@@ -166,8 +172,12 @@ def test_we_load_what_peft_saved(family: Joined, tmp_path: Path) -> None:
     settings = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=[leaf, other], init_lora_weights=False,
         rank_pattern={leaf: 5}, alpha_pattern={f"1.*{other}": 3, leaf: 7}, fan_in_fan_out=family.case.name == "GPT2",
+        use_dora=True,
     )  # fmt: skip
     theirs = peft.get_peft_model(base, settings).eval()
+    for name, lengths in theirs.named_parameters():
+        if "magnitude" in name:
+            torch.nn.init.uniform_(lengths, 0.5, 2)
     theirs.save_pretrained(tmp_path / "adapter")
     ours, x = hub.load(tmp_path / "adapter"), tokens(2, 9)
     with torch.no_grad():
@@ -210,3 +220,10 @@ def test_a_joined_matrix_learns_in_full_as_a_whole_or_not_at_all(tmp_path: Path)
         save_adapter(
             tmp_path / "none", "base", lora, {}, {k: x for k, x in whole.items() if ".k." not in k}, places, "CAUSAL_LM"
         )
+
+
+def test_dora_of_some_of_what_is_joined_has_no_place(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"lora\.dora adapts some of the matrices that are one in transformer\.h\.0\.attn"
+    ):
+        saved(tmp_path, JOINED["gpt2"], lora_of(JOINED["gpt2"], [0, 2], dora=True))
