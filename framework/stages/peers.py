@@ -128,6 +128,10 @@ OURS: dict[str, tuple[str, ...]] = {
     "use_rslora": ("lora.rslora",),
     "use_dora": ("lora.dora",),
     "finetuning_type": ("lora.rank",),
+    "quantization_bit": ("lora.base",),
+    "quantization_type": ("lora.base",),
+    "load_in_4bit": ("lora.base",),
+    "bnb_4bit_quant_type": ("lora.base",),
     "freeze_trainable_layers": ("train.last_layers",),
     # precision, layout and machines
     "bf16": ("engine.precision",),
