@@ -339,6 +339,13 @@ class ModelConfig:
         )
 
 
+class Base(Choice):
+    """How the frozen matrices beside an adapter are held."""
+
+    FULL = "full"  # as engine.precision says
+    NF4 = "nf4"  # in 4 bits (QLoRA, Dettmers et al. 2023): refused, see LoraConfig
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter beside a frozen model (Hu et al. 2021)."""
@@ -348,10 +355,19 @@ class LoraConfig:
     rslora: bool = False  # by alpha / sqrt(rank) (Kalajdzievski 2023)
     targets: list[str] = field(default_factory=list)  # [q, k, v, o, gate, up, down]; empty = all of them
     also: list[str] = field(default_factory=list)  # parts that learn in full beside it: [embedding, head]
+    dora: bool = False  # each row of a matrix has a length that learns beside its direction (Liu et al. 2024)
+    base: Base = Base.FULL
+    dropout: float = 0.0  # the share of the adapter's inputs that training leaves out; what is frozen sees all of them
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 = no adapter")
         require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        require(
+            self.base is Base.FULL,
+            f"lora.base={self.base} (QLoRA) takes bitsandbytes and a GPU, and is not computed here; leave lora.base "
+            "out, and hold the base in 16 bits by engine.precision=bf16 under parallel=zero3",
+        )
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
 
     @property
     def scale(self) -> float:

@@ -98,7 +98,7 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
         f"{config.stage} does not train a model of architecture={model.architecture}; it takes one of "
         f"{', '.join(map(str, _TRAINS[config.stage]))}",
     )
-    check(start.model, config.parallel, config.engine, world_size)
+    check(start.model, config.parallel, config.engine, world_size, config.lora)
     if config.lora.rank:
         start = replace(start, weights=with_fresh(start.weights, model, config.lora, config.seed), lora=config.lora)
     return replace(start, frozen=frozen_of(config, model))
@@ -186,6 +186,7 @@ def fit(
             num_classes=num_classes,
             frozen=start.frozen,
             lora=start.lora,
+            seed=config.seed,
         )
 
     def loader(source: RowSource) -> Loader:
@@ -219,12 +220,16 @@ def fit(
             profile=config.folder / "profile" if config.train.profile else None,
             peak_flops=peak and peak * place.world_size,
         )
+    export(engine, start, config, job, num_classes, _token_ids(start) | describe(outcome.figures))
+    return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
+
+
+def _token_ids(start: Start) -> dict[str, Any]:
+    """What the tokenizer knows, as config.json says it."""
     extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
     if start.model.encoder:
         extra |= dict.fromkeys(("decoder_start_token_id", "pad_token_id"), start.tokenizer.start_id)
-    extra |= describe(outcome.figures)
-    export(engine, start, config, job, num_classes, extra)
-    return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
+    return extra
 
 
 def export(
@@ -241,7 +246,7 @@ def export(
     if start.lora is not None:
         learned = parameter_shapes(start.model).keys() - start.frozen | {"class_head.weight"}
         weights = _noting(weights, learned, whole)
-        weights = merged(weights, targets(start.model, start.lora), start.lora.scale, low_rank)
+        weights = merged(weights, targets(start.model, start.lora), start.lora, low_rank)
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
     start.tokenizer.save(str(folder))
     if start.lora is not None:

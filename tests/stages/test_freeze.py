@@ -27,9 +27,9 @@ def test_sft_of_the_last_layer_alone(tmp_path: Path) -> None:
 
 def test_an_adapter_is_trained_saved_explained_and_started_from(tmp_path: Path) -> None:
     policy, _ = model_folders(tmp_path)
-    words = [f"init_from={policy}", *WORDS, "lora.rank=4", "lora.targets=[q,v]"]
+    words = [f"init_from={policy}", *WORDS, "lora.rank=4", "lora.targets=[q,v]", "lora.dora=true", "lora.dropout=0.1"]
     planned = forked("explain", "sft", *words, cwd=tmp_path).stdout
-    learning = 2 * 2 * 4 * 32
+    learning = 2 * (2 * 4 * 32 + 32)
     assert f"{learning:,} of them learn" in planned
     assert f"{learning:,} of " in forked("sft", *words, cwd=tmp_path).stdout
     peft = pytest.importorskip("peft")
