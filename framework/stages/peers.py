@@ -155,6 +155,12 @@ OURS: dict[str, tuple[str, ...]] = {
     "nll_loss_coef": ("dpo.sft_coefficient",),
     "ref_model": ("init_from",),
     "ref_pretrain": ("init_from",),
+    # classification
+    "num_labels": ("classify.labels",),
+    "label_list": ("classify.labels",),
+    "id2label": ("classify.labels",),
+    "do_regression": ("classify.regression",),
+    "problem_type": ("classify.regression",),
     # PPO
     "kl_coef": ("ppo.kl_coefficient",),
     "init_kl_coef": ("ppo.kl_coefficient",),

@@ -14,7 +14,7 @@ from framework.engine.config import Precision
 from framework.models.config import ModelConfig
 from framework.planning.memory import Batch, Numbers, fullest
 from framework.planning.parameters import num_parameters
-from framework.stages.config import PpoRun, PreferenceRun, RewardModelRun, RunConfig, TrainingRun
+from framework.stages.config import ClassifyRun, PpoRun, PreferenceRun, RewardModelRun, RunConfig, TrainingRun
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
 
@@ -133,8 +133,11 @@ def _load(config: TrainingRun, ranks: int) -> Batch:
     data_ranks = config.parallel.data_size(ranks)
     rows = config.batch.micro(data_ranks)
     micros = -(-config.batch.size // (rows * data_ranks))
-    pairs, classes = isinstance(config, RewardModelRun | PreferenceRun), isinstance(config, RewardModelRun)
-    return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=int(classes), packed=not pairs)
+    pairs, classes = isinstance(config, RewardModelRun | PreferenceRun), int(isinstance(config, RewardModelRun))
+    if isinstance(config, ClassifyRun):  # how many the data will say; next to the model they are nothing
+        classes = len(config.classify.labels) or 1
+    packed = not (pairs or classes)
+    return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=classes, packed=packed)
 
 
 def _vocabulary_size(path: Path) -> int:

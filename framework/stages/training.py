@@ -24,7 +24,7 @@ from framework.engine.protocol import Engine
 from framework.models.adapters import save_adapter
 from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
 from framework.models.hub import pieces_of, read_folder, save_weights
-from framework.models.init import parameter_shapes, random_weights
+from framework.models.init import head_shapes, parameter_shapes, random_weights
 from framework.models.lora import merged, targets, with_fresh
 from framework.stages.config import TrainingRun
 from framework.stages.job import Job, Teller, located
@@ -54,6 +54,7 @@ _TRAINS = {  # a stage -> the architectures that can learn what it teaches
     "pretrain": tuple(Architecture),
     "sft": _WRITES,
     "preference": _WRITES,
+    "classify": (*_WRITES, Architecture.ENCODER),
     "reward_model": (*_WRITES, Architecture.ENCODER),
 }
 
@@ -172,14 +173,13 @@ def fit(
     if learning < everything:
         job.say(f"{learning:,} of {everything:,} parameters learn ({learning / everything:.1%})")
     total = config.train.total_steps(len(rows.train), config.batch.size)
-    data_size = config.parallel.data_size(job.runtime.world_size)
     with deadline("building the model", patient=True):
         engine = build_engine(
             start.model,
             runtime=job.runtime,
             parallel=config.parallel,
             config=config.engine,
-            micro_size=config.batch.micro(data_size),
+            micro_size=config.batch.micro(config.parallel.data_size(job.runtime.world_size)),
             optim=config.optim,
             total_steps=total,
             weights=start.weights,
@@ -239,7 +239,7 @@ def export(
         return
     folder, low_rank, whole = config.folder / "model", dict[str, Tensor](), dict[str, Tensor]()
     if start.lora is not None:
-        learned = parameter_shapes(start.model).keys() - start.frozen | {"class_head.weight"}
+        learned = parameter_shapes(start.model).keys() - start.frozen | head_shapes(start.model, 1).keys()
         weights = _noting(weights, learned, whole)
         weights = merged(weights, targets(start.model, start.lora), start.lora.scale, low_rank)
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
