@@ -166,7 +166,7 @@ ROWS = [
     Wrong("classify data.train=[a]", "classify starts from a model: init_from=FOLDER"),
     Wrong("classify init_from=m data.train=[a] classify.labels=[a]", "classify.labels=[a]: one class leaves nothing"),
     Wrong("classify init_from=m data.train=[a] classify.labels=[a,a]", "classify.labels=[a,a] names a class twice"),
-    Wrong("classify init_from=m data.train=[a] classify.labels=[a,b] classify.regression=true", "classify.labels=[a,b]"),
+    Wrong("classify init_from=m data.train=a classify.labels=[a,b] classify.regression=true", "classify.labels=[a,b]"),
     Wrong("classify init_from=m data.train=[a] num_labels=3", "unknown key 'num_labels': it is set by classify.labels"),
     Wrong(f"classify init_from=POLICY data.train=a.jsonl {TINY}", "a.jsonl:1: classify takes texts with a", SAMPLES),
     Wrong("reward_model data.train=[a]", "reward_model starts from a model: init_from=FOLDER"),

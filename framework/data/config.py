@@ -97,6 +97,22 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """Plain text learned beside conversations, so that less of it is forgotten (Ouyang et al. 2022, equation 2)."""
+
+    train: list[str] = field(default_factory=list)  # files or folders of texts; none = nothing is mixed in
+    coefficient: float = 0.1  # of the texts' loss, nats a token, beside the conversations'; 0 = as without
+    size: int = 0  # rows of data.max_tokens a step; 0 = as many as batch.size
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.coefficient < math.inf,
+            f"mix.coefficient={self.coefficient} must not be negative, and finite",
+        )
+        require(self.size >= 0, f"mix.size={self.size} must not be negative")
+
+
+@dataclass(frozen=True)
 class ClassifyConfig:
     """What the labels of texts are."""
 

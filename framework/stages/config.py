@@ -11,7 +11,7 @@ from framework.checkpoint.config import CheckpointConfig
 from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
 from framework.core.config import Choice, require
 from framework.core.places import local
-from framework.data.config import BatchConfig, ClassifyConfig, DataConfig, LanguageConfig
+from framework.data.config import BatchConfig, ClassifyConfig, DataConfig, LanguageConfig, MixConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
 from framework.evaluation.config import EvaluationConfig
 from framework.generation.config import GenerationConfig, SamplingConfig
@@ -162,6 +162,8 @@ class PretrainRun(TrainingRun):
 @dataclass(frozen=True)
 class SftRun(TrainingRun):
     """Learn to answer, from conversations."""
+
+    mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

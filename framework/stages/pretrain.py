@@ -24,7 +24,7 @@ def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Co
 
 token_loss.pointwise = True  # type: ignore[attr-defined]
 
-_SUITS = {
+SUITS = {
     Architecture.CAUSAL: Objective.CAUSAL,
     Architecture.PREFIX: Objective.PREFIX,
     Architecture.ENCODER: Objective.MASKED,
@@ -57,7 +57,7 @@ def run(config: PretrainRun) -> Run:
 
 def language_of(config: PretrainRun, start: Start) -> tuple[Objective, Shape]:
     """The objective of the recipe, and what makes its rows; UsageError where the model or the tokenizer is not fit."""
-    suits = _SUITS[start.model.architecture]
+    suits = SUITS[start.model.architecture]
     objective = suits if config.language.objective is Objective.AUTO else config.language.objective
     require(
         objective is suits,

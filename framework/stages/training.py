@@ -18,7 +18,7 @@ from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
 from framework.engine.build import build_engine
-from framework.engine.loop import train
+from framework.engine.loop import Beside, train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
 from framework.models.adapters import save_adapter
@@ -47,6 +47,16 @@ class Rows:
 
 
 Ready = Callable[[Engine, Rows], Rows]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What is learned beside a stage's own rows: `size` rows a step of another kind, under a loss of their own."""
+
+    rows: RowSource
+    size: int
+    loss_fn: Loss
+    shape: Callable[[Any, Any], Any]
 
 
 _WRITES = (Architecture.CAUSAL, Architecture.PREFIX)
@@ -165,10 +175,11 @@ def fit(
     describe: Describe = lambda figures: {},
     shape: Callable[[Any, Any], Any] | None = None,
     ready: Ready = lambda engine, rows: rows,
+    mixed: Mixed | None = None,
 ) -> Figures:
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
     goes into the model's config.json; `shape` is the loader's. `ready` may exchange the rows while the engine holds the
-    starting weights, which it does at each attempt."""
+    starting weights, which it does at each attempt. `mixed` is learned beside the rows."""
     learning, everything = num_learning(config, start.model)
     if learning < everything:
         job.say(f"{learning:,} of {everything:,} parameters learn ({learning / everything:.1%})")
@@ -188,8 +199,8 @@ def fit(
             lora=start.lora,
         )
 
-    def loader(source: RowSource) -> Loader:
-        return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size, shape)
+    def loader(source: RowSource, size: int = config.batch.size, shape: Any = shape) -> Loader:
+        return Loader(source, size, config.seed, engine.data_rank, engine.data_size, shape)
 
     loader(rows.train).require(total)
     rows = ready(engine, rows)
@@ -212,6 +223,7 @@ def fit(
             progress=progress,
             stop=job.stop,
             valid=loader(rows.valid) if rows.valid else None,
+            beside=Beside(loader(mixed.rows, mixed.size, mixed.shape), mixed.loss_fn) if mixed else None,
             every=config.tracking.every,
             validate_every=config.train.validate_every,
             checkpoint_every=config.checkpoint.every,
@@ -219,12 +231,15 @@ def fit(
             profile=config.folder / "profile" if config.train.profile else None,
             peak_flops=peak and peak * place.world_size,
         )
-    extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
-    if start.model.encoder:
-        extra |= dict.fromkeys(("decoder_start_token_id", "pad_token_id"), start.tokenizer.start_id)
-    extra |= describe(outcome.figures)
-    export(engine, start, config, job, num_classes, extra)
+    export(engine, start, config, job, num_classes, _token_ids(start) | describe(outcome.figures))
     return {**outcome.figures, **{f"{name}/before": value for name, value in outcome.before.items()}}
+
+
+def _token_ids(start: Start) -> dict[str, Any]:
+    """What config.json says of the tokenizer."""
+    ids = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
+    begun = dict.fromkeys(("decoder_start_token_id", "pad_token_id"), start.tokenizer.start_id)
+    return ids | begun if start.model.encoder else ids
 
 
 def export(
