@@ -100,9 +100,8 @@ def train(
 
     `every`, `validate_every` and `checkpoint_every` are in steps; 0 = at the end only. `digest_every` too; 0 = never,
     else from step 0 on. `profile` is a folder for a trace of steps 3 to 5; `peak_flops` are a second's, of all ranks
-    together. Figures are logged before the checkpoint of their step, which remembers those of that step for `best`; it
-    is written while training goes on. Raises Interrupted, after saving, once any rank was asked to stop; a validation
-    is broken off for it, and is the first thing that a continued run does.
+    together. Figures are logged before their step's checkpoint, which remembers those for `best` and is written beside
+    the steps. Raises Interrupted, after saving, once any rank was asked to stop; a validation is broken off for it.
     """
     course, tracer = resume(engine, manager), Tracer(engine, folder.trace, digest_every)
     folder.cut_back(course.logged)

@@ -172,6 +172,13 @@ def test_two_ranks_end_where_one_does(folder: Path, tmp_path: Path, undisturbed:
     assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3)
 
 
+def test_explained_before_it_begins(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = words(folder, tmp_path / "run", texts(folder), *MIX)
+    argv.remove(f"extensions=[{ASK}]")  # here it would be imported for good, and ask nothing later
+    assert main(["explain", *argv]) == 0
+    assert "and 6 rows of text x 32 tokens, whose loss counts 0.5" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
