@@ -141,8 +141,11 @@ def test_t5_learns_hidden_spans_and_opens_in_transformers(
     assert "sft does not train a model of architecture=encoder_decoder" in capsys.readouterr().err
 
 
-def test_glm_learns_to_fill_blanks(encoder: Path) -> None:
+def test_glm_learns_to_fill_blanks(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The tokenizer's mask token stands for a span; the folder comes back as it is."""
+    monkeypatch.chdir(encoder)
     glm = [
         "model=chatglm-6b", "model.vocab_size=0", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
         "model.intermediate_size=64", "name=glm",
@@ -154,6 +157,8 @@ def test_glm_learns_to_fill_blanks(encoder: Path) -> None:
     said = json.loads((folder / "model/config.json").read_text())
     assert (said["model_type"], said["position_encoding_2d"]) == ("chatglm", True)
     assert hub.load(folder / "model").config.num_layers == 1
+    assert main(["sft", f"init_from={folder}/model", "data.train=[corpora/tang/sft.valid.jsonl]", *_QUIET[:3]]) == 2
+    assert "sft does not train a model of position=rotary_2d" in capsys.readouterr().err
 
 
 def test_a_prefix_model_goes_through_every_stage(tmp_path: Path) -> None:

@@ -111,6 +111,20 @@ class PreferenceBatch(Record):
 
 
 @record
+class ClassBatch(Record):
+    """Sequences with what they are: the number of a class, or a number to predict.
+
+    Two of three classes: label [2, 0]. Of a regression: label [3.8, 0.5].
+    """
+
+    rows: TokenBatch
+    label: Tensor  # [B] int64: a class; float: the number itself
+
+    def inputs(self) -> TokenBatch:
+        return self.rows
+
+
+@record
 class PromptBatch(Record):
     """Prompts for generation, padded on the right.
 
@@ -202,7 +216,7 @@ class Counts(Record):
     pairs: Tensor  # [1] preference pairs
 
 
-Rows = TokenBatch | PreferenceBatch | Rollout | Experience
+Rows = TokenBatch | PreferenceBatch | ClassBatch | Rollout | Experience
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), both scalars; the mean is sum / weight
 
 
@@ -272,6 +286,18 @@ class LabelledSample:
 
 
 @dataclass(frozen=True)
+class ClassifiedSample:
+    """A text, or two, and what they are: a class (a word or a whole number), or a fraction to predict.
+
+    Example: ClassifiedSample("明月幾時有", None, "poem"), ClassifiedSample("A man runs.", "A man sits.", 1.6).
+    """
+
+    text: str
+    pair: str | None
+    label: str | int | float
+
+
+@dataclass(frozen=True)
 class PromptSample:
     """A prompt to answer, with the reference answer where the data has one."""
 
@@ -290,7 +316,7 @@ class Completion:
     reference: str | None = None  # the answer that the data give for the prompt; None where they give none
 
 
-Sample = TextSample | ConversationSample | PreferenceSample | LabelledSample | PromptSample
+Sample = TextSample | ConversationSample | PreferenceSample | LabelledSample | ClassifiedSample | PromptSample
 
 
 @dataclass(frozen=True)

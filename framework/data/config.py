@@ -98,6 +98,39 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """Plain text learned beside conversations, so that less of it is forgotten (Ouyang et al. 2022, equation 2)."""
+
+    train: list[str] = field(default_factory=list)  # files or folders of texts; none = nothing is mixed in
+    coefficient: float = 0.1  # of the texts' loss, nats a token, beside the conversations'; 0 = as without
+    size: int = 0  # rows of data.max_tokens a step; 0 = as many as batch.size
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.coefficient < math.inf,
+            f"mix.coefficient={self.coefficient} must not be negative, and finite",
+        )
+        require(self.size >= 0, f"mix.size={self.size} must not be negative")
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """What the labels of texts are."""
+
+    labels: list[str] = field(default_factory=list)  # the classes in their order; none = those of data.train, sorted
+    regression: bool | None = None  # labels are numbers to predict; none = where any of them is a fraction
+
+    def __post_init__(self) -> None:
+        words = ",".join(self.labels)
+        require(len(self.labels) != 1, f"classify.labels=[{words}]: one class leaves nothing to tell apart; name two")
+        require(len({*self.labels}) == len(self.labels), f"classify.labels=[{words}] names a class twice")
+        require(
+            not (self.labels and self.regression),
+            f"classify.labels=[{words}] does not go with classify.regression=true, which has numbers and no classes",
+        )
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     """`size`: sequences (packed rows, or pairs) per optimizer step over all ranks. `micro_size`: per data rank per
     forward; 0 = as many as one forward takes, the whole share. Accumulation is derived."""

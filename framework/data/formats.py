@@ -11,6 +11,8 @@
 | hh         | {"chosen", "rejected"}: whole dialogues as text, "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF) |
 | medicalgpt | {"question", "response_chosen", "response_rejected", "system"?, "history"?} (MedicalGPT)      |
 | labelled   | {"prompt", "completion", "label": true or false}: one answer, good or bad (KTO in TRL)        |
+| classified | {"text", "label"}, {"text", "text_pair", "label"}: a word or whole number = a class, a fraction =  |
+|            | to predict; GLUE's and CLUE's names too (sentence; sentence1, sentence2; premise, hypothesis; ...) |
 | verl       | {"prompt": messages, "reward_model": {"ground_truth"}, "data_source"?, "extra_info"?} (verl)   |
 | prompt     | {"prompt": string or messages, "answer"?}                                                     |
 
@@ -21,10 +23,12 @@ where records come from, and which file is of which format (`sources`).
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 
 from framework.core.errors import DataError
 from framework.core.records import (
+    ClassifiedSample,
     ConversationSample,
     LabelledSample,
     Message,
@@ -39,6 +43,18 @@ from framework.data.fields import field, listing, number, string, wrong
 from framework.data.files import Record
 
 Format = Callable[[Record], Sample]
+
+# How data sets call a text, or two: GLUE, SuperGLUE, CLUE, transformers. The first whose fields are all there decides.
+_TEXTS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "passage"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
 
 # A record with all these fields is of that format; the first that fits decides.
 _MARKS = {
@@ -57,6 +73,8 @@ _MARKS = {
 def format_of(record: Record) -> str:
     """The format that a record's fields tell."""
     for name, fields in _MARKS.items():
+        if name == "text" and "label" in record and _texts(record):
+            return "classified"
         if all(field in record for field in fields):
             return "hh" if name == "preference" and turns.is_dialogue(record["chosen"]) else name
     wanted = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in _MARKS.items())
@@ -129,6 +147,26 @@ def labelled(record: Record) -> LabelledSample:
         raise wrong("label", "true or false", label)
     answer = turns.behind(asked, turns.answer(record, "completion"), "completion")
     return LabelledSample((*turns.opening(record), *asked), answer, label)
+
+
+@register("data_format", "classified")
+def classified(record: Record) -> ClassifiedSample:
+    """A text or two with a label. Of true and false the words are the classes."""
+    names, label = _texts(record), field(record, "label")
+    if not names:
+        known = "; ".join(", ".join(fields) for fields in _TEXTS)
+        raise DataError(f"has no text: its fields are {listing(record)} (known: {known})")
+    if isinstance(label, bool):
+        label = str(label).lower()
+    if not isinstance(label, str | int | float) or label != label or label in (math.inf, -math.inf):
+        raise wrong("label", "a word or a number", label)
+    first, *second = (string(record, name) for name in names)
+    return ClassifiedSample(first, second[0] if second else None, label)
+
+
+def _texts(record: Record) -> tuple[str, ...]:
+    """The names of a record's texts; () where it has none."""
+    return next((fields for fields in _TEXTS if all(name in record for name in fields)), ())
 
 
 @register("data_format", "verl")

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from framework.core import random
 from framework.core.errors import UsageError
-from framework.core.records import PreferenceBatch, PromptBatch, TokenBatch
+from framework.core.records import ClassBatch, PreferenceBatch, PromptBatch, TokenBatch
 
 Array = npt.NDArray[Any]
-Batch = TokenBatch | PreferenceBatch | PromptBatch
+Batch = TokenBatch | PreferenceBatch | ClassBatch | PromptBatch
 
 
 class RowSource(Protocol):

@@ -16,7 +16,7 @@ import torch
 
 from framework.core.config import digest
 from framework.core.errors import UsageError
-from framework.core.records import PreferenceBatch, PromptBatch, TokenBatch
+from framework.core.records import PreferenceBatch
 from framework.data.config import DataConfig
 from framework.data.loader import Array, Batch, RowSource, epochs
 
@@ -181,5 +181,5 @@ def _gathered(parts: list[Any], places: Array) -> Batch:
     """One batch from parts; row n of the parts, one after another, belongs at places[n]."""
     if isinstance(parts[0], PreferenceBatch) and any(part.margin is not None for part in parts):
         parts = [replace(p, margin=torch.zeros(len(p))) if p.margin is None else p for p in parts]
-    batch: TokenBatch | PreferenceBatch | PromptBatch = type(parts[0]).concat(parts)
+    batch: Batch = type(parts[0]).concat(parts)
     return batch.select(torch.from_numpy(np.argsort(places)))

@@ -57,6 +57,7 @@ class Prepared:
     num_tokens: int
     num_bytes: int
     margin: float | None = None
+    label: float | None = None  # of a classified text; its mask says which ids are the second text's
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ class _Writer:
 
     def __init__(self, folder: Path, ids: np.dtype[Any]):
         self.folder = folder
-        self.types = {"ids": ids, "mask": np.dtype(np.uint8), "ends": np.dtype(np.int64), "margin": np.dtype(float)}
+        self.types = {"ids": ids, "mask": np.dtype(np.uint8), "ends": np.dtype(np.int64)}
+        self.types |= dict.fromkeys(("margin", "label"), np.dtype(float))
         self.journal = _read_journal(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.streams = {name: open(file_of(folder, name), "ab") for name in self.types}  # noqa: SIM115
@@ -281,6 +283,8 @@ class _Writer:
             self._write("mask", mask)
         if len(prepared.sequences) == 2:
             self._write("margin", [np.nan if prepared.margin is None else prepared.margin])
+        if prepared.label is not None:
+            self._write("label", [prepared.label])
         counted.num_tokens += prepared.num_tokens
         counted.num_bytes += prepared.num_bytes
 

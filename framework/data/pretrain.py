@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from framework.core.errors import DataError
-from framework.core.records import Sample, TextSample, Tokenizer
+from framework.core.records import ClassifiedSample, Sample, TextSample, Tokenizer
 from framework.data.config import DataConfig
 from framework.data.loader import RowSource
 from framework.data.mixture import open_parts
@@ -49,6 +49,8 @@ def _document(tokenizer: Tokenizer, text: str, ids: list[int]) -> Prepared | Ski
 
 
 def _text(sample: Sample) -> str:
+    if isinstance(sample, ClassifiedSample):
+        return sample.text
     if not isinstance(sample, TextSample):
         raise DataError("pretraining takes plain texts (format text or lines); conversations are for sft")
     return sample.text

@@ -1,9 +1,10 @@
 """Prepared rows on disk: flat arrays, memory-mapped, in a folder that exists only whole. How they get there: `prepare`.
 
 ids.bin      all sequences one after another, uint16 or uint32
-mask.bin     uint8 per id: is it trained; absent where everything is
+mask.bin     uint8 per id: is it trained; absent where everything is. Of classified texts: is it the second text's
 ends.bin     int64 per sequence: where it ends in ids
 margin.bin   float64 per pair: by how much it is preferred, NaN where the data do not say
+label.bin    float64 per classified text: the number of its class, or what is to be predicted
 piece_text.bin, piece_start.bin, row_offsets.bin, row_items.bin    the packing plan, int64
 manifest.json   lengths and types of the above, and what was counted; written last
 """

@@ -46,6 +46,14 @@ class Journal(Protocol):
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Rows of another kind, whose gradient is added to every step's under their own loss and count."""
+
+    loader: Batches
+    loss_fn: LossFn  # its metrics have names of their own
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What training came to. Example: figures {"train/loss": 2.9, "valid/loss": 3.1}, before {"valid/loss": 8.3}."""
 
@@ -80,6 +88,7 @@ def train(
     progress: Callable[..., None],
     stop: StopRequest,
     valid: Batches | None = None,
+    beside: Beside | None = None,
     every: int = 10,
     validate_every: int = 0,
     checkpoint_every: int = 0,
@@ -87,13 +96,12 @@ def train(
     profile: Path | None = None,
     peak_flops: float | None = None,
 ) -> Outcome:
-    """Go on from the newest checkpoint until `total_steps` are done. Collective.
+    """Go on from the newest checkpoint until `total_steps` are done, `beside` learned with the rest. Collective.
 
     `every`, `validate_every` and `checkpoint_every` are in steps; 0 = at the end only. `digest_every` too; 0 = never,
     else from step 0 on. `profile` is a folder for a trace of steps 3 to 5; `peak_flops` are a second's, of all ranks
-    together. Figures are logged before the checkpoint of their step, which remembers those of that step for `best`; it
-    is written while training goes on. Raises Interrupted, after saving, once any rank was asked to stop; a validation
-    is broken off for it, and is the first thing that a continued run does.
+    together. Figures are logged before their step's checkpoint, which remembers those for `best` and is written beside
+    the steps. Raises Interrupted, after saving, once any rank was asked to stop; a validation is broken off for it.
     """
     course, tracer = resume(engine, manager), Tracer(engine, folder.trace, digest_every)
     folder.cut_back(course.logged)
@@ -113,7 +121,7 @@ def train(
         while course.step < total_steps or course.owed is not None:
             speed = {}
             if course.owed is None:
-                done = update(engine, loader, loss_fn, course, pace, tracer)
+                done = update(engine, loader, loss_fn, course, pace, tracer, beside)
                 step_was_profiled()
                 course.owed = {}
                 if course.step == total_steps or _due(course.step, every):
@@ -152,11 +160,19 @@ def resume(engine: Engine, manager: CheckpointManager) -> Course:
 
 
 def update(
-    engine: Engine, loader: Batches, loss_fn: LossFn, course: Course, pace: Pace, tracer: Tracer
+    engine: Engine,
+    loader: Batches,
+    loss_fn: LossFn,
+    course: Course,
+    pace: Pace,
+    tracer: Tracer,
+    beside: Beside | None = None,
 ) -> tuple[Metrics, StepReport]:
     """One optimizer step. Collective."""
     with pace:
         metrics = engine.forward_backward(loader.batch(course.step), loss_fn)
+        if beside is not None:  # gradients add up until the step
+            metrics = engine.forward_backward(beside.loader.batch(course.step), beside.loss_fn) | metrics
         tracer.look(course.step + 1)
         report = engine.step()
         pace.add(report.work)

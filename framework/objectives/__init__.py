@@ -13,6 +13,8 @@ _PLACE = {
     "next_token_loss": "language",
     "pairwise_ranking_loss": "preference",
     "dpo_loss": "preference",
+    "classification_loss": "classification",
+    "regression_loss": "classification",
     "gae": "advantage",
     "whiten": "advantage",
     "group_advantages": "advantage",

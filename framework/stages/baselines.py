@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from framework.core.records import PreferenceBatch, TokenBatch
+from framework.core.records import ClassBatch, PreferenceBatch, TokenBatch
 from framework.core.runtime import heed
 from framework.core.signals import StopRequest
 from framework.data.loader import Batch, RowSource
@@ -23,6 +24,22 @@ def bigram_nats(train: RowSource, valid: RowSource, vocab_size: int, stop: StopR
 def pair_accuracy(train: RowSource, valid: RowSource, vocab_size: int, stop: StopRequest) -> float:
     """The share of valid's pairs that length and bigrams of the answers alone get right. Collective."""
     return PairClassifier.fit(list(_answers(train, stop)), vocab_size).accuracy(list(_answers(valid, stop)))
+
+
+def label_guess(train: RowSource, valid: RowSource, num_classes: int, stop: StopRequest) -> float:
+    """What a guess that reads no text gets on valid: the share that has train's commonest class; without classes (0)
+    the mean squared error of train's mean. Collective."""
+    known, asked = (torch.cat(list(_class_labels(rows, stop))).double() for rows in (train, valid))
+    if not num_classes:
+        return float((asked - known.mean()).square().mean())
+    commonest = known.long().bincount(minlength=num_classes).argmax()
+    return float((asked == commonest).double().mean())
+
+
+def _class_labels(rows: RowSource, stop: StopRequest) -> Iterator[Tensor]:
+    for batch in _batches(rows, stop):
+        assert isinstance(batch, ClassBatch)
+        yield batch.label
 
 
 def _batches(rows: RowSource, stop: StopRequest) -> Iterator[Batch]:

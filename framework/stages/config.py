@@ -11,7 +11,7 @@ from framework.checkpoint.config import CheckpointConfig
 from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
 from framework.core.config import Choice, require
 from framework.core.places import local
-from framework.data.config import BatchConfig, DataConfig, LanguageConfig
+from framework.data.config import BatchConfig, ClassifyConfig, DataConfig, LanguageConfig, MixConfig
 from framework.engine.config import EngineConfig, Precision, TrainConfig
 from framework.evaluation.config import EvaluationConfig
 from framework.generation.config import GenerationConfig, SamplingConfig
@@ -109,7 +109,7 @@ class TokenizerRun(RunConfig):
 
 @dataclass(frozen=True)
 class TrainingRun(RunConfig):
-    """What pretrain, sft, reward_model and preference share."""
+    """What pretrain, sft, classify, reward_model and preference share."""
 
     init_from: str = ""  # a Hugging Face folder or a stage's model/ folder: weights, architecture, tokenizer
     tokenizer: str = ""  # a tokenizer folder, when training from nothing
@@ -163,9 +163,22 @@ class PretrainRun(TrainingRun):
 class SftRun(TrainingRun):
     """Learn to answer, from conversations."""
 
+    mix: MixConfig = field(default_factory=MixConfig)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.init_from), "sft starts from a model: init_from=FOLDER")
+
+
+@dataclass(frozen=True)
+class ClassifyRun(TrainingRun):
+    """Learn what texts are: classes, or numbers."""
+
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.init_from), "classify starts from a model: init_from=FOLDER")
 
 
 @dataclass(frozen=True)
@@ -327,6 +340,7 @@ STAGES: dict[str, type[RunConfig]] = {
     "tokenizer": TokenizerRun,
     "pretrain": PretrainRun,
     "sft": SftRun,
+    "classify": ClassifyRun,
     "reward_model": RewardModelRun,
     "preference": PreferenceRun,
     "ppo": PpoRun,

@@ -8,6 +8,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import util
 
 from rich.table import Table
@@ -15,6 +16,7 @@ from rich.table import Table
 from framework.core.config import find_file
 from framework.core.errors import DataError, UsageError, nearest
 from framework.core.records import (
+    ClassifiedSample,
     ConversationSample,
     LabelledSample,
     Message,
@@ -25,11 +27,12 @@ from framework.core.records import (
     Tokenizer,
 )
 from framework.curation.language import language
-from framework.data import preference, pretrain, prompts, sft
+from framework.data import classify, preference, pretrain, prompts, sft
 from framework.data.sources import Report, Source, described, open_sources, read_located
 from framework.stages.assessment import open_prompts
-from framework.stages.config import PpoRun, RunConfig, TrainingRun
+from framework.stages.config import ClassifyRun, PpoRun, RunConfig, TrainingRun
 from framework.stages.extensions import load_extensions
+from framework.stages.job import located
 from framework.stages.training import open_both
 from framework.stages.words import Words
 from framework.tokenization.load import load as load_tokenizer
@@ -99,10 +102,13 @@ def prepare(words: list[str], compose: Compose) -> int:
         )
     (config, *members) = compose(words[0], words[1:])
     if members or not isinstance(config, TrainingRun | PpoRun):
-        raise UsageError(f"data prepare {words[0]}: {nearest(words[0], [*_ROWS, 'ppo'])}")
+        raise UsageError(f"data prepare {words[0]}: {nearest(words[0], [*_ROWS, 'classify', 'ppo'])}")
     load_extensions(config.extensions)
     if isinstance(config, PpoRun):
         open_prompts(_Terminal(), config, load_tokenizer(config.init_from), prompts.open_rows)
+    elif isinstance(config, ClassifyRun):
+        targets = classify.read_targets(located(config.data), config.classify)
+        open_both(_Terminal(), config, partial(classify.open_rows, targets, 0), load_tokenizer(config.init_from))
     else:
         open_both(_Terminal(), config, _ROWS[config.stage], load_tokenizer(config.init_from or config.tokenizer))
     print(f"prepared under {config.data.cache or config.prepared}; {words[0]} finds it there")
@@ -159,8 +165,8 @@ def stats(words: list[str]) -> int:
 
 def _batches(sources: list[Source], size: int = 256) -> Iterator[list[str]]:
     batch: list[str] = []
-    for located in read_located(sources):
-        batch.append(text_of(located.sample))
+    for found in read_located(sources):
+        batch.append(text_of(found.sample))
         if len(batch) == size:
             yield batch
             batch = []
@@ -174,6 +180,8 @@ def text_of(sample: Sample) -> str:
         return sample.text
     if isinstance(sample, ConversationSample):
         return _said(sample.messages)
+    if isinstance(sample, ClassifiedSample):
+        return "\n".join(filter(None, (sample.text, sample.pair)))
     answers = {
         PreferenceSample: lambda s: [s.chosen, s.rejected],
         LabelledSample: lambda s: [s.answer],

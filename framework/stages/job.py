@@ -153,11 +153,11 @@ def _open_remote(config: RunConfig, place: Runtime) -> Remote:
     return remote
 
 
-def located(data: DataConfig, say: Callable[[str], None] | None = None) -> DataConfig:
+def located(data: DataConfig, say: Callable[[str], None] | None = None, group: str = "data") -> DataConfig:
     """`data` with its paths as they are found, each said with its format; one that leads nowhere, or to no known
-    format, is a DataError that names its key."""
+    format, is a DataError that names its key in the recipe's `group`."""
     train, valid = ([find_file(path) for path in paths] for paths in (data.train, data.valid_paths))
-    for key, paths in (("data.train", train), ("data.valid", valid)):
+    for key, paths in ((f"{group}.train", train), (f"{group}.valid", valid)):
         try:
             found = [f"{path}: {described(open_sources([path], data.format))}" for path in paths]
         except DataError as error:

@@ -174,6 +174,16 @@ OURS: dict[str, tuple[str, ...]] = {
     "nll_loss_coef": ("dpo.sft_coefficient",),
     "ref_model": ("init_from",),
     "ref_pretrain": ("init_from",),
+    # SFT beside plain text
+    "ptx_coef": ("mix.coefficient",),
+    "ptx_loss_coef": ("mix.coefficient",),
+    "pretrain_data": ("mix.train",),
+    # classification
+    "num_labels": ("classify.labels",),
+    "label_list": ("classify.labels",),
+    "id2label": ("classify.labels",),
+    "do_regression": ("classify.regression",),
+    "problem_type": ("classify.regression",),
     # PPO
     "kl_coef": ("ppo.kl_coefficient",),
     "init_kl_coef": ("ppo.kl_coefficient",),

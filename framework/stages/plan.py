@@ -14,7 +14,7 @@ from framework.engine.config import Precision
 from framework.models.config import ModelConfig
 from framework.planning.memory import Batch, Numbers, fullest
 from framework.planning.parameters import num_parameters
-from framework.stages.config import PpoRun, PreferenceRun, RewardModelRun, RunConfig, TrainingRun
+from framework.stages.config import ClassifyRun, PpoRun, PreferenceRun, RewardModelRun, RunConfig, SftRun, TrainingRun
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
 
@@ -49,6 +49,7 @@ def _batch_lines(config: RunConfig) -> list[str]:
         rows, width = config.batch.size, config.data.max_tokens
         return [
             f"one optimizer step = {rows} sequences x {width} tokens = {rows * width:,} tokens at most",
+            *_mix_lines(config),
             _share_line(config),
         ]
     if isinstance(config, PpoRun):
@@ -61,6 +62,13 @@ def _batch_lines(config: RunConfig) -> list[str]:
             f"a row is {config.width} tokens wide",
         ]
     return []
+
+
+def _mix_lines(config: TrainingRun) -> list[str]:
+    if not (isinstance(config, SftRun) and config.mix.train and config.mix.coefficient):
+        return []
+    rows, width = config.mix.size or config.batch.size, config.data.max_tokens
+    return [f"and {rows} rows of text x {width} tokens, whose loss counts {config.mix.coefficient:g}"]
 
 
 def _share_line(config: TrainingRun) -> str:
@@ -133,8 +141,11 @@ def _load(config: TrainingRun, ranks: int) -> Batch:
     data_ranks = config.parallel.data_size(ranks)
     rows = config.batch.micro(data_ranks)
     micros = -(-config.batch.size // (rows * data_ranks))
-    pairs, classes = isinstance(config, RewardModelRun | PreferenceRun), isinstance(config, RewardModelRun)
-    return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=int(classes), packed=not pairs)
+    pairs, classes = isinstance(config, RewardModelRun | PreferenceRun), int(isinstance(config, RewardModelRun))
+    if isinstance(config, ClassifyRun):  # how many the data will say; next to the model they are nothing
+        classes = len(config.classify.labels) or 1
+    packed = not (pairs or classes)
+    return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=classes, packed=packed)
 
 
 def _vocabulary_size(path: Path) -> int:

@@ -9,7 +9,7 @@ from framework.data.denoising import Shape, shaped_by
 from framework.data.loader import RowSource
 from framework.data.pretrain import open_rows
 from framework.data.spans import Marks
-from framework.models.config import Architecture, Position
+from framework.models.config import Architecture, ModelConfig, Position
 from framework.objectives.language import next_token_loss
 from framework.stages.baselines import bigram_nats
 from framework.stages.config import PretrainRun
@@ -26,10 +26,10 @@ def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Co
 token_loss.pointwise = True  # type: ignore[attr-defined]
 
 _SUITS = {
-    Architecture.CAUSAL: [Objective.CAUSAL],
-    Architecture.PREFIX: [Objective.PREFIX],
-    Architecture.ENCODER: [Objective.MASKED],
-    Architecture.ENCODER_DECODER: [Objective.SPANS],
+    Architecture.CAUSAL: Objective.CAUSAL,
+    Architecture.PREFIX: Objective.PREFIX,
+    Architecture.ENCODER: Objective.MASKED,
+    Architecture.ENCODER_DECODER: Objective.SPANS,
 }
 
 
@@ -56,14 +56,19 @@ def run(config: PretrainRun) -> Run:
         return job.finish(figures)
 
 
+def suiting(model: ModelConfig) -> Objective:
+    """By what a model learns from plain text."""
+    return Objective.BLANKS if model.position is Position.ROTARY_2D else _SUITS[model.architecture]
+
+
 def language_of(config: PretrainRun, start: Start) -> tuple[Objective, Shape]:
     """The objective of the recipe, and what makes its rows; UsageError where the model or the tokenizer is not fit."""
-    suits = [Objective.BLANKS] if start.model.position is Position.ROTARY_2D else _SUITS[start.model.architecture]
-    objective = suits[0] if config.language.objective is Objective.AUTO else config.language.objective
+    suits = suiting(start.model)
+    objective = suits if config.language.objective is Objective.AUTO else config.language.objective
     require(
-        objective in suits,
+        objective is suits,
         f"language.objective={objective} does not go with model.architecture={start.model.architecture}, which learns "
-        f"by {' or '.join(map(str, suits))}; leave language.objective out, or choose another model.architecture",
+        f"by {suits}; leave language.objective out, or choose another model.architecture",
     )
     mask_id = start.tokenizer.mask_id
     require(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from framework.core.errors import DataError
-from framework.core.records import Sample, TextSample
+from framework.core.records import ClassifiedSample, Sample, TextSample
 from framework.data.config import DataConfig
 from framework.data.sources import open_sources, read, read_located
 from framework.stages.config import TokenizerRun
@@ -81,6 +81,8 @@ def _texts(paths: list[str], format: str) -> Iterator[str]:
 def _text_of(sample: Sample, path: str) -> list[str]:
     if isinstance(sample, TextSample):
         return [sample.text]
+    if isinstance(sample, ClassifiedSample):
+        return list(filter(None, (sample.text, sample.pair)))
     if hasattr(sample, "messages"):
         return [message.content for message in sample.messages]
     raise DataError("a tokenizer learns from texts or conversations, not from pairs or prompts", path)

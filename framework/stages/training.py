@@ -18,13 +18,13 @@ from framework.core.runtime import peak_flops
 from framework.data.config import DataConfig
 from framework.data.loader import Loader, RowSource
 from framework.engine.build import build_engine
-from framework.engine.loop import train
+from framework.engine.loop import Beside, train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
 from framework.models.adapters import save_adapter
 from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
 from framework.models.hub import pieces_of, read_folder, save_weights
-from framework.models.init import parameter_shapes, random_weights
+from framework.models.init import head_shapes, parameter_shapes, random_weights
 from framework.models.lora import merged, targets, with_fresh
 from framework.stages.config import TrainingRun
 from framework.stages.job import Job, Teller, located
@@ -49,11 +49,22 @@ class Rows:
 Ready = Callable[[Engine, Rows], Rows]
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What is learned beside a stage's own rows: `size` rows a step of another kind, under a loss of their own."""
+
+    rows: RowSource
+    size: int
+    loss_fn: Loss
+    shape: Callable[[Any, Any], Any]
+
+
 _WRITES = (Architecture.CAUSAL, Architecture.PREFIX)
 _TRAINS = {  # a stage -> the architectures that can learn what it teaches
     "pretrain": tuple(Architecture),
     "sft": _WRITES,
     "preference": _WRITES,
+    "classify": (*_WRITES, Architecture.ENCODER),
     "reward_model": (*_WRITES, Architecture.ENCODER),
 }
 
@@ -82,6 +93,16 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
         refuse_other(config.model, model, config.init_from)
         model = balanced(model, config.model.moe.balance)
         start = Start(model, with_fresh_heads(stored, set(shapes), model, config.seed), tokenizer)
+    _refuse_unfit(config, model, tokenizer)
+    check(start.model, config.parallel, config.engine, world_size, config.lora)
+    if config.lora.rank:
+        start = replace(start, weights=with_fresh(start.weights, model, config.lora, config.seed), lora=config.lora)
+    return replace(start, frozen=frozen_of(config, model))
+
+
+def _refuse_unfit(config: TrainingRun, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """A tokenizer with more tokens than the model has rows, rows longer than it has positions, a stage that teaches
+    what such a model cannot do."""
     if model.vocab_size < tokenizer.vocab_size:
         owner = "take the tokenizer that belongs to the model"
         raise UsageError(
@@ -98,10 +119,10 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
         f"{config.stage} does not train a model of architecture={model.architecture}; it takes one of "
         f"{', '.join(map(str, _TRAINS[config.stage]))}",
     )
-    check(start.model, config.parallel, config.engine, world_size, config.lora)
-    if config.lora.rank:
-        start = replace(start, weights=with_fresh(start.weights, model, config.lora, config.seed), lora=config.lora)
-    return replace(start, frozen=frozen_of(config, model))
+    require(
+        config.stage == "pretrain" or model.position is not Position.ROTARY_2D,
+        f"{config.stage} does not train a model of position=rotary_2d, which writes what it hid: only pretrain does",
+    )
 
 
 def balanced(model: ModelConfig, coefficient: float) -> ModelConfig:
@@ -164,22 +185,22 @@ def fit(
     describe: Describe = lambda figures: {},
     shape: Callable[[Any, Any], Any] | None = None,
     ready: Ready = lambda engine, rows: rows,
+    mixed: Mixed | None = None,
 ) -> Figures:
     """Train, export model/, and return the figures: after, and `.../before` at step 0. What `describe` makes of them
     goes into the model's config.json; `shape` is the loader's. `ready` may exchange the rows while the engine holds the
-    starting weights, which it does at each attempt."""
+    starting weights, which it does at each attempt. `mixed` is learned beside the rows."""
     learning, everything = num_learning(config, start.model)
     if learning < everything:
         job.say(f"{learning:,} of {everything:,} parameters learn ({learning / everything:.1%})")
     total = config.train.total_steps(len(rows.train), config.batch.size)
-    data_size = config.parallel.data_size(job.runtime.world_size)
     with deadline("building the model", patient=True):
         engine = build_engine(
             start.model,
             runtime=job.runtime,
             parallel=config.parallel,
             config=config.engine,
-            micro_size=config.batch.micro(data_size),
+            micro_size=config.batch.micro(config.parallel.data_size(job.runtime.world_size)),
             optim=config.optim,
             total_steps=total,
             weights=start.weights,
@@ -189,8 +210,8 @@ def fit(
             seed=config.seed,
         )
 
-    def loader(source: RowSource) -> Loader:
-        return Loader(source, config.batch.size, config.seed, engine.data_rank, engine.data_size, shape)
+    def loader(source: RowSource, size: int = config.batch.size, shape: Any = shape) -> Loader:
+        return Loader(source, size, config.seed, engine.data_rank, engine.data_size, shape)
 
     loader(rows.train).require(total)
     rows = ready(engine, rows)
@@ -213,6 +234,7 @@ def fit(
             progress=progress,
             stop=job.stop,
             valid=loader(rows.valid) if rows.valid else None,
+            beside=Beside(loader(mixed.rows, mixed.size, mixed.shape), mixed.loss_fn) if mixed else None,
             every=config.tracking.every,
             validate_every=config.train.validate_every,
             checkpoint_every=config.checkpoint.every,
@@ -225,11 +247,10 @@ def fit(
 
 
 def _token_ids(start: Start) -> dict[str, Any]:
-    """What the tokenizer knows, as config.json says it."""
-    extra = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
-    if start.model.encoder:
-        extra |= dict.fromkeys(("decoder_start_token_id", "pad_token_id"), start.tokenizer.start_id)
-    return extra
+    """What config.json says of the tokenizer."""
+    ids = {"eos_token_id": start.tokenizer.end_id, "bos_token_id": start.tokenizer.bos_id}
+    begun = dict.fromkeys(("decoder_start_token_id", "pad_token_id"), start.tokenizer.start_id)
+    return ids | begun if start.model.encoder else ids
 
 
 def export(
@@ -244,7 +265,7 @@ def export(
         return
     folder, low_rank, whole = config.folder / "model", dict[str, Tensor](), dict[str, Tensor]()
     if start.lora is not None:
-        learned = parameter_shapes(start.model).keys() - start.frozen | {"class_head.weight"}
+        learned = parameter_shapes(start.model).keys() - start.frozen | head_shapes(start.model, 1).keys()
         weights = _noting(weights, learned, whole)
         weights = merged(weights, targets(start.model, start.lora), start.lora, low_rank)
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)

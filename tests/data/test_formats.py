@@ -9,6 +9,7 @@ import pytest
 import framework
 from framework.core.errors import DataError, UsageError
 from framework.core.records import (
+    ClassifiedSample,
     ConversationSample,
     LabelledSample,
     Message,
@@ -128,6 +129,14 @@ GOOD: list[tuple[str, dict[str, Any], Sample]] = [
         PromptSample((U("q"),), "72"),
     ),
     ("verl", {"prompt": [TURNS[0]], "reward_model": {"ground_truth": [1, "二"]}}, PromptSample((U("q"),), '[1, "二"]')),
+    ("classified", {"text": "春", "label": "poem"}, ClassifiedSample("春", None, "poem")),
+    ("classified", {"text": "a", "text_pair": "b", "label": 1}, ClassifiedSample("a", "b", 1)),
+    ("classified", {"sentence": "a", "label": 0, "idx": 3}, ClassifiedSample("a", None, 0)),
+    ("classified", {"sentence1": "a", "sentence2": "b", "label": 3.8}, ClassifiedSample("a", "b", 3.8)),
+    ("classified", {"question": "a", "sentence": "b", "label": 1}, ClassifiedSample("a", "b", 1)),
+    ("classified", {"question1": "a", "question2": "b", "label": 1}, ClassifiedSample("a", "b", 1)),
+    ("classified", {"premise": "a", "hypothesis": "b", "label": "x"}, ClassifiedSample("a", "b", "x")),
+    ("classified", {"question": "a", "passage": "b", "label": True}, ClassifiedSample("a", "b", "true")),
     ("prompt", {"prompt": "p"}, PromptSample((U("p"),))),
     ("prompt", {"prompt": [TURNS[0]], "answer": "42"}, PromptSample((U("q"),), "42")),
 ]

@@ -109,7 +109,8 @@ def test_a_stage_drops_what_others_hold() -> None:
     kept = {"model.layers.2", "model.layers.3"}
     parts = {f"model.layers.{i}" for i in range(6)} - kept
     ends = {"model.embedding", "model.position_embedding", "model.embedding_norm", "model.norm", "model.head"}
-    ends |= {"value_head", "class_head"}
+    ends |= {"model.type_embedding", "model.relative", "model.head_transform", "model.head_bias"}
+    ends |= {"value_head", "pooler", "class_head"}
     assert set(middle.dropped) == parts | ends
 
 
