@@ -80,8 +80,9 @@ def build_deepspeed_engine(
     if lora is not None:
         attach(scorer.model, lora, seed)
     scorer.to(COMPUTE[config.precision]).requires_grad_(optim is not None)
-    for name in frozen:
-        scorer.model.get_parameter(name).requires_grad_(False)
+    for name, parameter in scorer.model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
     told = settings(
         parallel,
         config.precision,

@@ -74,8 +74,9 @@ def build_torch_engine(
         if lora is not None:
             attach(scorer.model, lora, seed)
         scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
-        for name in frozen:
-            scorer.model.get_parameter(name).requires_grad_(False)
+        for name, parameter in scorer.model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
         return scorer
 
     shapes = {logical_name(name): tuple(p.shape) for name, p in build().named_parameters()}
