@@ -342,10 +342,16 @@ def _help() -> str:
 
 
 def _stage_help(stage: str) -> str:
-    defaults = {key: value for key, value in sorted(defaults_of(stage).items()) if key != "stage"}
-    lines = [f"  {key}={_shown(value)}" for key, value in defaults.items() if not key.startswith("model.")]
-    if axes := len(defaults) - len(lines):
-        lines.append(f"  model.AXIS=...  {axes} axes of the architecture: framework models axes")
+    said = ("stage", "parallel.name", "cluster.kind")  # by the stage's name and by groups
+    defaults = {key: value for key, value in sorted(defaults_of(stage).items()) if key not in said}
+    folded = {"model.AXIS": "axes of the architecture: framework models axes"}
+    if stage == "ppo":
+        folded["lora.KEY"] = "keys of an adapter: framework sft --help"
+    groups = {name.partition(".")[0]: name for name in folded}
+    lines = [f"  {key}={_shown(value)}" for key, value in defaults.items() if key.partition(".")[0] not in groups]
+    for group, name in groups.items():
+        if number := sum(key.startswith(f"{group}.") for key in defaults):
+            lines.append(f"  {name}=...  {number} {folded[name]}")
     keys = "\n".join(sorted(lines))
     choices = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in groups_of(stage))
     return f"framework {stage}: {STAGES[stage].__doc__}\n\ngroups\n{choices}\n\nkeys and defaults\n{keys}"

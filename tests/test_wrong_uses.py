@@ -147,6 +147,7 @@ ROWS = [
     Wrong(f"{SFT} train.last_layers=2", "train.last_layers=2, but the model has 1 layers; choose at most 1", SAMPLES),
     Wrong("sft init_from=base", "data.train is empty"),
     Wrong(f"{_SFT} lora.rank=4 train.last_layers=1", "train.freeze and train.last_layers do not go with lora.rank"),
+    Wrong(f"{_PPO} lora.rank=8 lora.dropout=0.1", "lora.dropout=0.1 does not go with ppo, whose first ratio must be 1"),
     Wrong(f"{_SFT} lora.rank=4 lora.base=nf4", "lora.base=nf4 (QLoRA) takes bitsandbytes and a GPU"),
     Wrong(f"{_SFT} lora.rank=4 lora.dropout=1", "lora.dropout=1.0 must be in [0, 1)"),
     Wrong(f"{_SFT} lora.rank=4 load_in_4bit=true", "unknown key 'load_in_4bit': it is set by lora.base here"),

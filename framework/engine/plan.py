@@ -80,7 +80,11 @@ def check(
         f"{sizes['pipeline']}, parallel.schedule={parallel.schedule.value}); choose at most "
         f"parallel.pipeline={model.num_layers // parallel.stages_per_rank}",
     )
-    dropout = lora.dropout if lora is not None and lora.rank else 0.0
+    rank, dropout = (lora.rank, lora.dropout) if lora is not None and lora.rank else (0, 0.0)
+    require(
+        not engine.strict or rank % 8 == 0,
+        f"strict mode needs lora.rank={rank} to be a multiple of 8; choose {-(-rank // 8) * 8}",
+    )
     require(
         not (dropout and parallel.cuts_the_model and world_size > 1),
         f"lora.dropout={dropout} needs whole rows and matrices, parallel={parallel.name} cuts them; choose "

@@ -16,7 +16,8 @@ from framework.core.errors import UsageError, nearest
 from framework.core.records import PromptBatch, Rollout
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.decoding import Board, Decoding
-from framework.models.config import Architecture, ModelConfig, Position
+from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
+from framework.models.lora import attach
 from framework.models.transformer import Transformer
 
 
@@ -34,8 +35,10 @@ class NativeGenerator:
         stop_ids: Sequence[int],
         device: torch.device | str = "cpu",
         pause: Callable[[], None] = lambda: None,
+        lora: LoraConfig | None = None,
     ):
-        """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten."""
+        """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten. `lora`: an
+        adapter beside the model, whose tensors are loaded too."""
         require(
             config.architecture in (Architecture.CAUSAL, Architecture.PREFIX)
             and config.position is not Position.ROTARY_2D,
@@ -50,6 +53,8 @@ class NativeGenerator:
         self.version = -1
         with torch.device("meta"):
             model = Transformer(config, strict=generation.strict)
+            if lora is not None:
+                attach(model, lora)
         self._model = model.to_empty(device=self.device).requires_grad_(False).eval()
         self._parameters = dict(self._model.named_parameters())
         self._versions: dict[str, int] = {}

@@ -252,6 +252,7 @@ class PpoRun(RunConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of actor and critic
     optim: OptimConfig = field(default_factory=OptimConfig)  # of actor and critic; ppo.critic_lr is the critic's own
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -277,6 +278,10 @@ class PpoRun(RunConfig):
         require(
             self.cluster.kind is ClusterKind.RAY or self.cluster.workers == 1,
             f"cluster.workers={self.cluster.workers} needs cluster=ray; in_process has one worker a role",
+        )
+        require(
+            not (self.lora.rank and self.lora.dropout),
+            f"lora.dropout={self.lora.dropout} does not go with ppo, whose first ratio must be 1; leave it out",
         )
         self.batch.micro(self.parallel.data_size(self.cluster.workers))
         _refuse_compiled(self.engine, self.parallel)

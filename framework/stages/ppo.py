@@ -44,7 +44,8 @@ class State:
 
 
 def run(config: PpoRun) -> Run:
-    """Improve the policy of init_from against the reward model of reward_from; export model/ and critic/."""
+    """Improve the policy of init_from against the reward model of reward_from; export model/ and
+    critic/, and adapter/ where that is what learnt."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(
             "ppo is run by one controller, not under torchrun: framework ppo ... cluster=ray cluster.workers=N"
@@ -58,7 +59,8 @@ def run(config: PpoRun) -> Run:
             assessor = Assessor(job, config, roles, tokenizer, held_out)
             state = improve(job, config, roles, prompts, assessor)
             after = assessor.assess(config.ppo.iterations)
-            roles.export(job.folder.path, tokenizer)
+            if missing := roles.export(job.folder.path, tokenizer, bool(config.lora.rank)):
+                job.say(missing)
         assessor.conclude(state.before, after)
         return job.finish(after | {f"{name}/before": figure for name, figure in state.before.items()})
 

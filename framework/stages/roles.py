@@ -22,6 +22,7 @@ from framework.engine.plan import check
 from framework.engine.sketch import Share, trace
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.models.hub import read_folder
+from framework.models.lora import lora_shapes, still
 from framework.parallel.words import layout_in_words, node_in_words
 from framework.stages.config import PpoRun
 from framework.stages.extensions import absolute, load_same
@@ -98,12 +99,16 @@ class Roles:
         for part in pending:
             part.result()
 
-    def export(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Write model/ and critic/ in the Hugging Face format."""
+    def export(self, folder: Path, tokenizer: Tokenizer, adapts: bool) -> str:
+        """Write model/ and critic/ in the Hugging Face format, and where the policy `adapts` its adapter/; why that is
+        not there, or ""."""
         extra = {"eos_token_id": tokenizer.end_id, "bos_token_id": tokenizer.bos_id}
-        for group, name in ((self.actor, "model"), (self.critic, "critic")):
-            group.export(str(folder / name), extra).result()
-            tokenizer.save(str(folder / name))
+        adapter = folder / "adapter"
+        missing: str = self.actor.export(str(folder / "model"), extra, str(adapter) if adapts else "").result()
+        self.critic.export(str(folder / "critic"), extra).result()
+        for path in (folder / "model", folder / "critic", *([adapter] if adapts and not missing else [])):
+            tokenizer.save(str(path))
+        return missing
 
 
 @contextmanager
@@ -113,7 +118,11 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
     assert isinstance(first, PromptBatch)
     actor, critic = engine_specs(config)
     for spec in (actor, critic):
-        check(read_folder(spec.folder)[0], spec.parallel, spec.engine, config.cluster.workers)
+        model = read_folder(spec.folder)[0]
+        check(model, spec.parallel, spec.engine, config.cluster.workers, spec.lora)
+        if spec.lora is not None:  # what is not there is refused now
+            lora_shapes(model, spec.lora)
+            still(model, spec.lora)
     with open_cluster(
         config.cluster,
         dict.fromkeys(ROLES, config.cluster.workers),
@@ -123,7 +132,7 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
         prepare=partial(load_same, absolute(config.extensions), job.facts["extensions"]),
     ) as cluster:
         _show_map(job, config, cluster)
-        frozen = replace(actor, optim=None)
+        frozen = replace(actor, optim=None, lora=None)
         groups = {
             "actor": cluster.group("actor", Actor, spec=actor, ppo=config.ppo),
             "critic": cluster.group("critic", Critic, spec=critic, ppo=config.ppo),
@@ -159,6 +168,8 @@ def engine_specs(config: PpoRun) -> tuple[EngineSpec, EngineSpec]:
         optim=config.optim,
         total_steps=config.ppo.iterations * updates,
         temperature=config.rollout.temperature,
+        lora=config.lora if config.lora.rank else None,
+        seed=config.seed,
     )
     critic = config.reward_from or config.init_from
     optim = replace(config.optim, lr=config.ppo.critic_lr or config.optim.lr)
@@ -192,4 +203,5 @@ def _generator(config: PpoRun, tokenizer: Tokenizer) -> dict[str, object]:
         "generation": GenerationConfig(slots=config.rollout.slots, strict=config.rollout.strict),
         "stop_ids": (tokenizer.end_id,),
         "width": config.width,
+        "lora": config.lora if config.lora.rank else None,
     }

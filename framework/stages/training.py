@@ -1,6 +1,6 @@
 """What the training stages share: rows, model, engine, loop, export. A stage adds its rows and its loss."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from framework.checkpoint.manager import CheckpointManager
 from framework.core.config import require
 from framework.core.deadline import deadline
 from framework.core.errors import UsageError
-from framework.core.places import local
 from framework.core.records import Box, Metrics, ReadBox, Tokenizer
 from framework.core.registry import lookup
 from framework.core.runtime import peak_flops
@@ -21,11 +20,11 @@ from framework.engine.build import build_engine
 from framework.engine.loop import Beside, train
 from framework.engine.plan import check
 from framework.engine.protocol import Engine
-from framework.models.adapters import save_adapter
 from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
-from framework.models.hub import pieces_of, read_folder, save_weights
-from framework.models.init import head_shapes, parameter_shapes, random_weights
-from framework.models.lora import merged, targets, with_fresh
+from framework.models.export import save_adapted
+from framework.models.hub import read_folder, save_weights
+from framework.models.init import random_weights
+from framework.models.lora import with_fresh
 from framework.stages.config import TrainingRun
 from framework.stages.job import Job, Teller, located
 from framework.stages.learning import frozen_of, num_learning
@@ -263,41 +262,15 @@ def export(
         for _ in weights:
             pass
         return
-    folder, low_rank, whole = config.folder / "model", dict[str, Tensor](), dict[str, Tensor]()
-    if start.lora is not None:
-        learned = parameter_shapes(start.model).keys() - start.frozen | head_shapes(start.model, 1).keys()
-        weights = _noting(weights, learned, whole)
-        weights = merged(weights, targets(start.model, start.lora), start.lora, low_rank)
-    save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
-    start.tokenizer.save(str(folder))
-    if start.lora is not None:
-        _export_adapter(start, start.lora, config, job, low_rank, whole, num_classes)
-
-
-def _noting(
-    weights: Iterator[tuple[str, Tensor]], names: Collection[str], into: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in weights:
-        if name in names:
-            into[name] = tensor
-        yield name, tensor
-
-
-def _export_adapter(
-    start: Start,
-    lora: LoraConfig,
-    config: TrainingRun,
-    job: Job,
-    low_rank: Mapping[str, Tensor],
-    whole: Mapping[str, Tensor],
-    num_classes: int,
-) -> None:
-    folder, task = config.folder / "adapter", "SEQ_CLS" if num_classes else "CAUSAL_LM"
-    place = local(config.init_from)
-    base = str(place.absolute()) if place.is_dir() else config.init_from
-    try:
-        save_adapter(folder, base, lora, low_rank, whole, pieces_of(start.model, num_classes), task)
-    except UsageError as error:
-        job.say(f"adapter/ is not written: {error}; model/ holds the merged model")
+    folder = config.folder / "model"
+    if start.lora is None:
+        save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
+        start.tokenizer.save(str(folder))
         return
+    adapter, base = config.folder / "adapter", config.init_from
+    missing = save_adapted(start.model, weights, start.lora, folder, adapter, base, num_classes, extra)
     start.tokenizer.save(str(folder))
+    if missing:
+        job.say(missing)
+    else:
+        start.tokenizer.save(str(adapter))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from framework.core.config import Choice, require
 from framework.engine.config import EngineConfig
+from framework.models.config import LoraConfig
 from framework.optim.config import OptimConfig
 from framework.parallel.config import ParallelConfig
 
@@ -90,3 +91,5 @@ class EngineSpec:
     temperature: float = 1.0  # of the rollout: it divides the logits of every log-prob
     optim: OptimConfig | None = None  # none = a role that only infers
     total_steps: int = 1  # of the schedule
+    lora: LoraConfig | None = None  # what learns in place of the model
+    seed: int = 0  # of a fresh adapter

@@ -11,11 +11,13 @@ from framework.core.runtime import Runtime
 from framework.core.signals import current
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.native import NativeGenerator
+from framework.models.config import LoraConfig
 from framework.models.hub import read_folder
 
 
 class Generator:
-    """One native generator a rank, each answering its share of the prompts. `folder` gives the architecture alone."""
+    """One native generator a rank, each answering its share of the prompts. `folder` gives the architecture alone. With
+    `lora` it holds what the actor does, adapter and base apart, and so computes the same bits."""
 
     def __init__(
         self,
@@ -25,12 +27,13 @@ class Generator:
         generation: GenerationConfig,
         stop_ids: Sequence[int],
         width: int,
+        lora: LoraConfig | None = None,
     ):
         self.data_rank, self.data_size = runtime.rank, runtime.world_size
         self.sampling = sampling
         self.width = width
         pause = partial(current().leave, "while generating")
-        self.native = NativeGenerator(read_folder(folder)[0], generation, stop_ids, runtime.device, pause)
+        self.native = NativeGenerator(read_folder(folder)[0], generation, stop_ids, runtime.device, pause, lora)
 
     @same
     def load(self, bucket: list[tuple[str, Tensor]], version: int) -> None:

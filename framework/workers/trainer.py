@@ -16,7 +16,9 @@ from framework.core.runtime import Runtime
 from framework.engine.build import build_engine
 from framework.engine.protocol import Engine
 from framework.engine.sketch import Share, take
+from framework.models.export import save_adapted
 from framework.models.hub import read_folder, save_weights
+from framework.models.lora import still, with_fresh
 from framework.workers.config import EngineSpec
 
 
@@ -35,6 +37,7 @@ class Trainer:
         self.runtime = runtime
         self.spec = spec
         self.model, read, shapes = read_folder(spec.folder)
+        weights, lora = read if "value_head.weight" in shapes else _with_zero_head(read), spec.lora
         self.engine: Engine = build_engine(
             self.model,
             runtime=runtime,
@@ -43,10 +46,12 @@ class Trainer:
             micro_size=spec.micro_size,
             optim=spec.optim,
             total_steps=spec.total_steps,
-            weights=read if "value_head.weight" in shapes else _with_zero_head(read),
+            weights=weights if lora is None else with_fresh(weights, self.model, lora, spec.seed),
             value_head=self.value_head,
             num_classes=self.num_classes,
             temperature=spec.temperature,
+            frozen=frozenset() if lora is None else still(self.model, lora),
+            lora=lora,
         )
         self.data_rank, self.data_size = self.engine.data_rank, self.engine.data_size
 
@@ -61,15 +66,19 @@ class Trainer:
         self.engine.load_shards(PartReader(Path(checkpoint), self.part))
 
     @same
-    def export(self, folder: str, extra: dict[str, int | None]) -> None:
-        """Write the weights as a Hugging Face folder; `extra` goes into config.json. The tokenizer is the stage's."""
-        weights = self.engine.weights()
-        if self.runtime.is_main:
-            classes = 1 if self.value_head else self.num_classes
-            save_weights(self.model, weights, folder, classes=classes, extra=extra)
-        else:
+    def export(self, folder: str, extra: dict[str, int | None], adapter: str = "") -> str:
+        """Write the weights as a Hugging Face folder, an adapter merged in; `extra` goes into config.json. `adapter`: a
+        folder for the adapter alone; why it is not there, or "". The tokenizer is the stage's."""
+        weights, classes = self.engine.weights(), 1 if self.value_head else self.num_classes
+        if not self.runtime.is_main:
             for _ in weights:  # gathering is collective
                 pass
+        elif self.spec.lora is None:
+            save_weights(self.model, weights, folder, classes=classes, extra=extra)
+        else:
+            alone, base = Path(adapter) if adapter else None, self.spec.folder
+            return save_adapted(self.model, weights, self.spec.lora, Path(folder), alone, base, classes, extra)
+        return ""
 
     @every
     def fingerprints(self) -> dict[str, int]:

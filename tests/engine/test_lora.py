@@ -59,6 +59,17 @@ def test_a_fresh_adapter_is_the_base_and_only_what_learns_has_states(lora: LoraC
     assert {name for name, x in engine.weights() if not torch.equal(x, before[name])} == learning
 
 
+def test_a_classifier_of_an_untied_model_has_no_language_head_to_hold_still() -> None:
+    model = replace(MODEL, tied=False)
+    assert "head.weight" in still(model, LORA)
+    engine = build_engine(
+        model, runtime=Runtime(), parallel=ParallelConfig(), config=EngineConfig(), micro_size=MICRO, optim=OPTIM,
+        total_steps=20, weights=with_fresh(random_weights(model, 7), model, LORA, 7), frozen=still(model, LORA),
+        lora=LORA, num_classes=1,
+    )  # fmt: skip
+    assert "class_head.weight" in {name for name, _ in engine.weights()}
+
+
 def test_what_a_recipe_s_words_give_an_adapter_to() -> None:
     assert len(lora_shapes(MODEL, LORA)) == 2 * 7 * MODEL.num_layers
     shapes = lora_shapes(MODEL, SOME)

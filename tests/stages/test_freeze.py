@@ -1,6 +1,7 @@
 """`train.last_layers`, `train.freeze` and `lora.rank` as a user meets them: what stands still keeps its bits, and an
 adapter is PEFT's, whose folder is a model to start from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.tiny import forked, model_folders
+from framework.main import main
+from framework.models.hub import load
+from tests.tiny import PPO, forked, model_folders
 
+BOTH = ("model", "adapter")
 WORDS = ["data.max_tokens=32", "batch.size=4", "train.steps=2", "optim.lr=1e-2", "device=cpu", "threads=1"]
 WORDS += ["tracking.progress=false", "data.train=[corpora/tang/sft.train.jsonl]"]
 
@@ -51,3 +55,19 @@ def test_an_adapter_is_trained_saved_explained_and_started_from(tmp_path: Path) 
     )
     assert not any(info.values()), info
     assert theirs.config.num_labels == 1
+
+
+def test_ppo_learns_an_adapter_and_its_generator_gives_the_actor_s_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    policy, reward = model_folders(tmp_path)
+    words = [*PPO, f"init_from={policy}", f"reward_from={reward}", "ppo.iterations=1", "lora.rank=8", "optim.lr=1e-2"]
+    assert main(["ppo", *words, "lora.targets=[q,v]"]) == 0
+    run = tmp_path / "runs" / "ppo"
+    (figures,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"step": 1' in line]
+    assert figures["ppo/generator_gap/max"] == figures["sync/canary_gap"] == 0
+    before, merged, adapted = (dict(load(folder).named_parameters()) for folder in (policy, *map(run.joinpath, BOTH)))
+    for name, weight in before.items():
+        assert torch.equal(merged[name], adapted[name])
+        assert torch.equal(merged[name], weight) == (not name.endswith((".q.weight", ".v.weight"))), name

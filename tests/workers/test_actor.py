@@ -10,6 +10,7 @@ from framework.checkpoint.manager import CheckpointManager
 from framework.core.errors import FrameworkError
 from framework.core.records import Experience, Rollout, Scores, count
 from framework.engine.config import EngineConfig
+from framework.models.config import LoraConfig
 from framework.models.hub import load
 from framework.workers import actor as actor_module
 from framework.workers.actor import Actor, PolicyLoss
@@ -162,6 +163,26 @@ def test_export_writes_the_weights_as_they_are(actor: Actor, rollout: Rollout, t
     again = Actor(PLACE, spec(str(tmp_path)), PPO)
     assert again.fingerprints() == actor.fingerprints()
     assert torch.equal(again.log_probs(rollout), actor.log_probs(rollout))
+
+
+def test_an_adapter_is_continued_and_exported_both_ways(folder: str, rollout: Rollout, tmp_path: Path) -> None:
+    ours = spec(folder, lora=LoraConfig(rank=8, dora=True), seed=1)
+    actor, again = Actor(PLACE, ours, PPO), Actor(PLACE, ours, PPO)
+    actor.published(0)
+    again.published(0)
+    batch = experience(rollout, actor.log_probs(rollout))
+    actor.update(batch)
+    manager = CheckpointManager(tmp_path / "checkpoints")
+    with manager.saving(1, {}) as staging:
+        actor.save_part(str(staging))
+    again.restore(str(manager.latest().folder))
+    assert actor.update(batch) == again.update(batch)
+    assert actor.fingerprints() == again.fingerprints()
+    assert actor.export(str(tmp_path / "model"), {"eos_token_id": END}, str(tmp_path / "adapter")) == ""
+    for name in ("model", "adapter"):
+        plain = Actor(PLACE, spec(str(tmp_path / name)), PPO)
+        torch.testing.assert_close(plain.log_probs(rollout), actor.log_probs(rollout), rtol=0, atol=1e-5)
+    assert (Actor(PLACE, spec(folder), PPO).log_probs(rollout) - actor.log_probs(rollout)).abs().max() > 1e-3
 
 
 def test_weights_come_in_buckets_of_a_bounded_size(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:

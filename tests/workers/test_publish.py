@@ -10,10 +10,12 @@ from framework.cluster.group import LocalGroup
 from framework.cluster.marks import same
 from framework.core.errors import FrameworkError, WorkerError
 from framework.generation.config import SamplingConfig
+from framework.models.config import LoraConfig
 from framework.workers import actor as actor_module
 from framework.workers.actor import Actor
 from framework.workers.generator import Generator
 from framework.workers.publish import added, compare, publish
+from framework.workers.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,25 @@ def actor(folder: str) -> LocalGroup:
 
 def generator_of(folder: str, worker_class: type = Generator, **changes: object) -> LocalGroup:
     return LocalGroup("generator", worker_class, {"runtime": PLACE, **generator_kwargs(folder, **changes)})
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_an_adapter_is_published_apart_and_both_agree_to_the_bit(folder: str, dora: bool) -> None:
+    lora = LoraConfig(rank=8, dora=dora)
+    actor = LocalGroup("actor", Actor, {"runtime": PLACE, "spec": spec(folder, lora=lora, seed=1), "ppo": PPO})
+    generator = generator_of(folder, lora=lora)
+    reference = LocalGroup("reference", Reference, {"runtime": PLACE, "spec": spec(folder, optim=None)})
+    for version in range(2):
+        assert publish(actor, generator, version, prompts(2), strict=True)["sync/canary_gap"] == 0.0
+        drawn = generator.generate(prompts(), samples=2, seed=version).result()
+        old = actor.log_probs(drawn).result()
+        assert torch.equal(drawn.log_probs, old)
+        assert torch.equal(reference.log_probs(drawn).result(), old) == (version == 0)
+        before = added(actor.fingerprints().result())
+        actor.update(experience(drawn, old)).result()
+        changed = {name for name, bits in added(actor.fingerprints().result()).items() if bits != before[name]}
+        kinds = ({"lora_a"} if version else set()) | {"lora_b"} | ({"lora_m"} if dora else set())
+        assert {name.rpartition(".")[2] for name in changed} == kinds
 
 
 def test_after_publishing_both_agree_and_learning_may_go_on(
