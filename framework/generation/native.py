@@ -16,7 +16,9 @@ from framework.core.errors import UsageError, nearest
 from framework.core.records import PromptBatch, Rollout
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.decoding import Board, Decoding
+from framework.models.attention import Attention
 from framework.models.config import Architecture, ModelConfig
+from framework.models.layers import MLP
 from framework.models.transformer import Transformer
 
 
@@ -49,6 +51,8 @@ class NativeGenerator:
         with torch.device("meta"):
             model = Transformer(config, strict=generation.strict)
         self._model = model.to_empty(device=self.device).requires_grad_(False).eval()
+        if not generation.strict:  # the joined product rounds otherwise than the trainer's
+            _join(self._model)
         self._parameters = dict(self._model.named_parameters())
         self._versions: dict[str, int] = {}
         self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)
@@ -123,6 +127,13 @@ class NativeGenerator:
             lengths=lengths.copy(),
             stopped=np.zeros(rows, dtype=bool),
         )
+
+
+def _join(model: Transformer) -> None:
+    """Two products a layer for five."""
+    for part in model.modules():
+        if type(part) is Attention or isinstance(part, MLP):
+            part.join()
 
 
 def _checked_lengths(prompts: PromptBatch, max_tokens: int, width: int, config: ModelConfig) -> np.ndarray:

@@ -13,16 +13,21 @@ anything sees it.
     hidden = model(tokens[4,1], positions=lengths[:, None], cache=cache.view())
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from framework.models.config import ModelConfig
+from framework.models.config import ModelConfig, Position
+from framework.models.positions import rotary_tables
 
 
 class KVCache:
-    """Zeros at first; `length` is rounded up to a multiple of 8 (strict mode's padding of keys)."""
+    """Zeros at first; `length` is rounded up to a multiple of 8 (strict mode's padding of keys).
+
+    keys and values[layer, slot, K, S, H]: the entries of one head lie together, so that a product over them needs no
+    copy, and a token's write is K rows of one matrix. Every position's cosines and sines are made once.
+    """
 
     def __init__(
         self,
@@ -34,9 +39,16 @@ class KVCache:
     ):
         self.slots = slots
         self.length = -(-length // 8) * 8
-        shape = (config.num_layers, slots, self.length, config.kv_heads, config.head_size)
+        shape = (config.num_layers, slots, config.kv_heads, self.length, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.entries = torch.arange(self.length, device=device)
+        self.starts = torch.arange(0, slots * config.kv_heads * self.length, self.length, device=device)
+        self.starts = self.starts.view(slots, config.kv_heads, 1)  # a slot's heads, as rows of [slots K S, H]
+        self.rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [S, R]
+        if config.position is Position.ROTARY:
+            cos, sin = rotary_tables(self.entries.unsqueeze(0), config, dtype)
+            self.rotary = (cos[0], sin[0])
 
     def view(self, slots: Tensor | None = None, used: int | None = None) -> "CacheView":
         """The slots that a forward reads and writes, row b of its tokens being slot slots[b] (int64, no repeats); all
@@ -52,15 +64,25 @@ class CacheView:
     cache: KVCache
     slots: Tensor | None
     used: int
+    rows: Tensor | None = None  # [B K T]: where this forward writes, once `at` knows its positions
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, used: int) -> tuple[Tensor, Tensor]:
-        """Write k and v[B,T,K,H] of the tokens at positions[B,T]; return the first `used` entries of the view's slots,
-        both [B,used,K,H]. A position at or beyond the cache's length is an IndexError."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        slots = torch.arange(len(k), device=k.device) if self.slots is None else self.slots
-        place = (slots.unsqueeze(1), positions)
-        keys[place] = k.to(keys.dtype)
-        values[place] = v.to(values.dtype)
-        if self.slots is None:
-            return keys[:, :used], values[:, :used]
-        return keys[slots, :used], values[slots, :used]
+    def at(self, positions: Tensor) -> "CacheView":
+        """This view for tokens at positions[B,T]. A position at or beyond the cache's length is an IndexError."""
+        starts = self.cache.starts if self.slots is None else self.cache.starts[self.slots]
+        return replace(self, rows=(starts + self.cache.entries[positions].unsqueeze(1)).flatten())
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`rotary_tables` of positions[B,T], looked up: the same bits, for an angle is rounded from fp64."""
+        return None if self.cache.rotary is None else (self.cache.rotary[0][positions], self.cache.rotary[1][positions])
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """Write k and v[B,T,K,H] of the tokens that `at` was told of; return the first `used` entries of the view's
+        slots, both [B,used,K,H]."""
+        return self._extended(self.cache.keys[layer], k, used), self._extended(self.cache.values[layer], v, used)
+
+    def _extended(self, entries: Tensor, new: Tensor, used: int) -> Tensor:
+        assert self.rows is not None, "a view must be told its positions first"
+        rows = new.to(entries.dtype).transpose(1, 2).reshape(-1, new.shape[-1])
+        entries.view(-1, new.shape[-1]).index_copy_(0, self.rows, rows)
+        seen = entries if self.slots is None else entries[self.slots]
+        return seen[:, :, :used].transpose(1, 2)

@@ -195,13 +195,14 @@ class Transformer(nn.Module):
     ) -> Context:
         tables = None
         if self.config.position is Position.ROTARY:
-            tables = rotary_tables(positions, self.config, hidden.dtype)
+            tables = cache.rotary(positions) if cache else rotary_tables(positions, self.config, hidden.dtype)
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
         # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
         standing = places if document_ids is None else positions
         mask = None if document_ids is None else (within if self._encodes else self.mask)(document_ids)
         if cache is not None:
             places = positions = positions.expand(hidden.shape[0], -1)
+            cache = cache.at(positions)
             keys = cache.cache.length if self.strict else cache.used
             mask, standing = cache_mask(positions, keys), torch.arange(keys, device=positions.device).unsqueeze(0)
         if prefix_lengths is not None:

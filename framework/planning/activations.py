@@ -90,8 +90,8 @@ def head_kept(model: ModelConfig, load: Load, labels: bool = True) -> int:
 
 
 def head_working(model: ModelConfig, load: Load) -> int:
-    """Bytes beside all that is kept while the first gradients are taken: two tables of logits' gradients; of a chunk
-    whose logits are computed again, these too."""
+    """Bytes beside all that is kept while the first gradients are taken: two tables of logits' gradients at most (one
+    process on a CPU makes them stretch by stretch); of a chunk whose logits are computed again, these too."""
     logits = load.places * _vocabulary(model, load)
     return 2 * logits * load.wide if logits <= CHUNK_LOGITS else 3 * CHUNK_LOGITS * load.wide
 
