@@ -3,6 +3,8 @@
 Strict mode (law On-policy): the same bits for a row whatever else is in the batch. It is settled at construction.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class Joined:
         return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
 
 
-def _in_one_piece(parts: list[Tensor]) -> Tensor:
+def _in_one_piece(parts: Sequence[Tensor]) -> Tensor:
     joined = torch.cat([part.data for part in parts])
     for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = rows
