@@ -25,8 +25,8 @@ from framework.models.positions import rotary_tables
 class KVCache:
     """Zeros at first; `length` is rounded up to a multiple of 8 (strict mode's padding of keys).
 
-    keys and values[layer, slot, K, S, H]: the entries of one head lie together, so that a product over them needs no
-    copy, and a token's write is K rows of one matrix. Every position's cosines and sines are made once.
+    keys and values[layer][slot, K, S, H]: the entries of one head lie together, so that a product over them needs no
+    copy; a tensor a layer, so that a compiled step writes in place. Every position's cosines and sines are made once.
     """
 
     def __init__(
@@ -39,15 +39,14 @@ class KVCache:
     ):
         self.slots = slots
         self.length = -(-length // 8) * 8
-        shape = (config.num_layers, slots, config.kv_heads, self.length, config.head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.entries = torch.arange(self.length, device=device)
-        self.starts = torch.arange(0, slots * config.kv_heads * self.length, self.length, device=device)
-        self.starts = self.starts.view(slots, config.kv_heads, 1)  # a slot's heads, as rows of [slots K S, H]
+        shape, layers = (slots, config.kv_heads, self.length, config.head_size), range(config.num_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.every = torch.arange(slots, device=device)
+        self.heads = torch.arange(config.kv_heads, device=device).unsqueeze(1)
         self.rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [S, R]
         if config.position is Position.ROTARY:
-            cos, sin = rotary_tables(self.entries.unsqueeze(0), config, dtype)
+            cos, sin = rotary_tables(torch.arange(self.length, device=device).unsqueeze(0), config, dtype)
             self.rotary = (cos[0], sin[0])
 
     def view(self, slots: Tensor | None = None, used: int | None = None) -> "CacheView":
@@ -64,12 +63,12 @@ class CacheView:
     cache: KVCache
     slots: Tensor | None
     used: int
-    rows: Tensor | None = None  # [B K T]: where this forward writes, once `at` knows its positions
+    place: tuple[Tensor, Tensor, Tensor] | None = None  # where it writes [B, K, T], once `at` knows its positions
 
     def at(self, positions: Tensor) -> "CacheView":
-        """This view for tokens at positions[B,T]. A position at or beyond the cache's length is an IndexError."""
-        starts = self.cache.starts if self.slots is None else self.cache.starts[self.slots]
-        return replace(self, rows=(starts + self.cache.entries[positions].unsqueeze(1)).flatten())
+        """This view for tokens at positions[B,T]."""
+        slots = self.cache.every if self.slots is None else self.slots
+        return replace(self, place=(slots.view(-1, 1, 1), self.cache.heads, positions.unsqueeze(1)))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """`rotary_tables` of positions[B,T], looked up: the same bits, for an angle is rounded from fp64."""
@@ -77,12 +76,11 @@ class CacheView:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, used: int) -> tuple[Tensor, Tensor]:
         """Write k and v[B,T,K,H] of the tokens that `at` was told of; return the first `used` entries of the view's
-        slots, both [B,used,K,H]."""
+        slots, both [B,used,K,H]. A position at or beyond the cache's length is an IndexError."""
         return self._extended(self.cache.keys[layer], k, used), self._extended(self.cache.values[layer], v, used)
 
     def _extended(self, entries: Tensor, new: Tensor, used: int) -> Tensor:
-        assert self.rows is not None, "a view must be told its positions first"
-        rows = new.to(entries.dtype).transpose(1, 2).reshape(-1, new.shape[-1])
-        entries.view(-1, new.shape[-1]).index_copy_(0, self.rows, rows)
+        assert self.place is not None, "a view must be told its positions first"
+        entries[self.place] = new.to(entries.dtype).transpose(1, 2)
         seen = entries if self.slots is None else entries[self.slots]
         return seen[:, :, :used].transpose(1, 2)
