@@ -6,7 +6,7 @@ from dataclasses import dataclass
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: `announce` looks at each call
 class Implementation:
     """What runs for an operator. Example: Implementation("reference", "no kernel is built for it")."""
 
@@ -19,6 +19,7 @@ class Implementation:
 
 REFERENCE = Implementation("reference", "no kernel is built for it")
 STRICT = Implementation("reference", "strict mode: bits that do not depend on the batch")
+ONE_QUERY = Implementation("two products and a softmax", "one query a row on a CPU: quicker than a fused kernel")
 SDPA = Implementation("torch scaled_dot_product_attention", "the library's own fused kernels")
 
 _standing = {

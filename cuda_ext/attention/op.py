@@ -32,6 +32,9 @@ def attention(
     if cap:  # no fused kernel of torch's has it
         dispatch.announce("attention", dispatch.REFERENCE)
         return reference.attention(q, k, v, mask=mask, causal=causal, scale=scale, cap=cap)
+    if q.shape[1] == 1 and q.device.type == "cpu" and not causal:
+        dispatch.announce("attention", dispatch.ONE_QUERY)
+        return _one_query(q, k, v, mask, scale)
     dispatch.announce("attention", dispatch.SDPA)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
@@ -39,6 +42,20 @@ def attention(
         mask, causal = reference.visible(mask, True, mask), False
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Two batches of products, one a row and head of keys: a block of queries, as the fused kernel takes them, would be
+    all but empty. Keys that lie by head, as in a cache, are not copied."""
+    rows, keys, kv_heads, size = k.shape
+    heads = q.shape[2]
+    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # [B K, S, H]
+    q = q.reshape(rows * kv_heads, heads // kv_heads, size) * (scale or size**-0.5)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, 1, keys)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return torch.bmm(weights.view(rows * kv_heads, heads // kv_heads, keys), v).view(rows, 1, heads, size)
 
 
 def _padded_reference(

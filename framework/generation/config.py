@@ -29,3 +29,12 @@ class GenerationConfig:
 
     slots: int = 64
     strict: bool = False  # bit-equal to the trainer's log-probs (law On-policy)
+    compile: bool = (
+        False  # one token for all slots as one graph; costs a compiler's time at the first (docs/performance)
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.strict and self.compile),
+            "generation.compile=true rounds otherwise than a trainer, strict=true may not: choose one of them",
+        )

@@ -5,7 +5,7 @@ Left out: where weights come from (`native`), and how a token is drawn (`samplin
 it waits for the device once a step, to learn which rows stopped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,17 +41,40 @@ class Board:
         return len(self.lengths)
 
 
+OneToken = Callable[[Transformer, KVCache, Tensor, Tensor], Tensor]
+
+
+def next_logits(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Logits [N, V] behind tokens [N, 1] at positions [N, 1], one for every slot of the cache, which keeps them."""
+    return model.logits(model(tokens, positions=positions, cache=cache.view())[:, 0])
+
+
 class Decoding:
     """Fills a board. `run` yields whenever rows have grown by a token."""
 
     def __init__(
-        self, model: Transformer, board: Board, sampling: SamplingConfig, stop_ids: Tensor, slots: int, seed: int
+        self,
+        model: Transformer,
+        board: Board,
+        sampling: SamplingConfig,
+        stop_ids: Tensor,
+        slots: int,
+        seed: int,
+        one_token: OneToken | None = None,
     ):
-        self.model, self.board, self.sampling, self.stop_ids, self.seed = model, board, sampling, stop_ids, seed
+        """`one_token`: a compiled `next_logits`. It is called with all slots, busy or not, of a cache whose length is a
+        power of two, so that few shapes have to be compiled."""
+        self.model, self.board, self.sampling, self.seed = model, board, sampling, seed
+        self.stop_ids = stop_ids.cpu().numpy()
         self.device = board.tokens.device
         self._sees_prompts_whole = model.config.architecture is Architecture.PREFIX
-        slots = min(slots, len(board))
-        self.cache = KVCache(model.config, slots, board.tokens.shape[1], board.log_probs.dtype, self.device)
+        self.one_token = one_token
+        width = board.tokens.shape[1]
+        if one_token is None:
+            slots = min(slots, len(board))
+        else:
+            width = max(64, 1 << (width - 1).bit_length())
+        self.cache = KVCache(model.config, slots, width, board.log_probs.dtype, self.device)
         self.uniforms = torch.zeros(slots, sampling.max_tokens, dtype=torch.float64, device=self.device)
         self.row_in = np.full(slots, -1)  # which row of the board a slot holds; -1 = free
         self.next_row = 0
@@ -66,6 +89,7 @@ class Decoding:
                 self._step()
                 yield
 
+    @torch.inference_mode()
     def _admit(self) -> None:
         """The next rows take the free slots: read their prompts, draw their first tokens."""
         board = self.board
@@ -86,8 +110,10 @@ class Decoding:
             prefix_lengths=self._on_device(lengths) if self._sees_prompts_whole else None,
             cache=self._view(slots, longest),
         )
-        self._extend(slots, hidden[torch.arange(len(rows), device=self.device), self._on_device(lengths - 1)])
+        last = hidden[torch.arange(len(rows), device=self.device), self._on_device(lengths - 1)]
+        self._extend(slots, self.model.logits(last))
 
+    @torch.inference_mode()
     def _step(self) -> None:
         """Read each busy slot's newest token, draw its next one."""
         slots = np.flatnonzero(self.row_in >= 0)
@@ -95,21 +121,29 @@ class Decoding:
         newest = self.board.lengths[rows] - 1
         positions = self._on_device(newest)[:, None]
         tokens = self.board.tokens[self._on_device(rows)[:, None], positions]
-        hidden = self.model(tokens, positions=positions, cache=self._view(slots, int(newest.max()) + 1))
-        self._extend(slots, hidden[:, 0])
+        if self.one_token is None:
+            hidden = self.model(tokens, positions=positions, cache=self._view(slots, int(newest.max()) + 1))
+            return self._extend(slots, self.model.logits(hidden[:, 0]))
+        if len(slots) < self.cache.slots:  # a free slot reads token 0 at place 0, which a prompt overwrites
+            at, few, places = self._on_device(slots), tokens, positions
+            tokens, positions = (torch.zeros(self.cache.slots, 1, dtype=torch.int64, device=self.device) for _ in "tp")
+            tokens[at], positions[at] = few, places
+            return self._extend(slots, self.one_token(self.model, self.cache, tokens, positions)[at])
+        return self._extend(slots, self.one_token(self.model, self.cache, tokens, positions))
 
-    def _extend(self, slots: Integers, hidden: Tensor) -> None:
-        """Draw a token for each slot from hidden [N, D], write it down, free the slots whose rows are done."""
+    def _extend(self, slots: Integers, logits: Tensor) -> None:
+        """Draw a token for each slot from logits [N, V], write it down, free the slots whose rows are done."""
         board, rows = self.board, self.row_in[slots]
         drawn = board.lengths[rows] - board.prompt_lengths[rows]
         uniforms = self.uniforms[self._on_device(slots), self._on_device(drawn)]
-        tokens, log_probs = sample(self.model.logits(hidden), uniforms, self.sampling)
+        tokens, log_probs = sample(logits, uniforms, self.sampling)
         place = (self._on_device(rows), self._on_device(board.lengths[rows]))
         board.tokens[place] = tokens
         board.log_probs[place] = log_probs
-        stopped, lost = torch.stack((torch.isin(tokens, self.stop_ids), torch.isnan(log_probs))).cpu().numpy()
-        if lost.any():
+        told, certain = torch.stack((tokens.double(), log_probs.double())).cpu().numpy()  # the one wait of a step
+        if np.isnan(certain).any():
             require_finite(log_probs)
+        stopped = (told[:, None] == self.stop_ids).any(1)
         board.lengths[rows] += 1
         board.stopped[rows] = stopped
         self.row_in[slots[stopped | (drawn + 1 == self.sampling.max_tokens)]] = -1

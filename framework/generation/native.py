@@ -15,8 +15,10 @@ from framework.core.config import require
 from framework.core.errors import UsageError, nearest
 from framework.core.records import PromptBatch, Rollout
 from framework.generation.config import GenerationConfig, SamplingConfig
-from framework.generation.decoding import Board, Decoding
+from framework.generation.decoding import Board, Decoding, OneToken, next_logits
+from framework.models.attention import Attention
 from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
+from framework.models.layers import MLP
 from framework.models.lora import attach
 from framework.models.transformer import Transformer
 
@@ -56,6 +58,9 @@ class NativeGenerator:
             if lora is not None:
                 attach(model, lora)
         self._model = model.to_empty(device=self.device).requires_grad_(False).eval()
+        if not generation.strict and lora is None:  # the joined product rounds otherwise than the trainer's
+            _join(self._model)
+        self._one_token = _compiled() if generation.compile else None
         self._parameters = dict(self._model.named_parameters())
         self._versions: dict[str, int] = {}
         self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=self.device)
@@ -85,7 +90,7 @@ class NativeGenerator:
         the prompts' device."""
         self._require_whole_policy()
         board = self._board(prompts, sampling, samples, width)
-        for _ in Decoding(self._model, board, sampling, self._stop_ids, self.slots, seed).run():
+        for _ in Decoding(self._model, board, sampling, self._stop_ids, self.slots, seed, self._one_token).run():
             self.pause()
         return _rollout(board, self.version).to(prompts.tokens.device)
 
@@ -95,7 +100,7 @@ class NativeGenerator:
         tokens = torch.tensor([list(prompt)], dtype=torch.int64)
         batch = PromptBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
         board = self._board(batch, sampling, 1, None)
-        for _ in Decoding(self._model, board, sampling, self._stop_ids, 1, seed).run():
+        for _ in Decoding(self._model, board, sampling, self._stop_ids, 1, seed, self._one_token).run():
             if not board.stopped[0]:
                 yield int(board.tokens[0, board.lengths[0] - 1])
 
@@ -130,6 +135,20 @@ class NativeGenerator:
             lengths=lengths.copy(),
             stopped=np.zeros(rows, dtype=bool),
         )
+
+
+def _compiled() -> OneToken:
+    """Nothing of a generator's model changes but numbers, so that no call has to look at its modules again."""
+    unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    compiled: OneToken = torch.compile(next_logits, dynamic=False, options={"guard_filter_fn": unguarded})
+    return compiled
+
+
+def _join(model: Transformer) -> None:
+    """Two products a layer for five."""
+    for part in model.modules():
+        if type(part) is Attention or isinstance(part, MLP):
+            part.join()
 
 
 def _checked_lengths(prompts: PromptBatch, max_tokens: int, width: int, config: ModelConfig) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cuda_ext.attention.op import attention
 from framework.models.config import Bias, ModelConfig
 from framework.models.kv_cache import CacheView
-from framework.models.layers import Linear, RMSNorm
+from framework.models.layers import Joined, Linear, RMSNorm
 from framework.models.mask import View
 from framework.models.positions import turn
 
@@ -65,6 +65,11 @@ class Attention(nn.Module):
         self.rotary_parts = config.rotary_parts
         self.windowed = config.windowed(index)
         self.index = index
+        self.joined: Joined | None = None
+
+    def join(self) -> None:
+        """q, k and v in one product from now on (see `Joined`)."""
+        self.joined = Joined(self.q, self.k, self.v)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
@@ -72,13 +77,16 @@ class Attention(nn.Module):
         if context.rotary is not None:
             q, k = (turn(x, context.rotary, self.interleaved, self.rotary_parts) for x in (q, k))
         if context.cache is not None:
-            k, v = context.cache.extend(self.index, k, v, context.positions, context.keys)
+            k, v = context.cache.extend(self.index, k, v, context.keys)
         view = context.near if self.windowed else context.whole
         return self.o(self.core(q, k, v, view.mask, view.causal).flatten(2))
 
     def _projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q of x[B,T,D], k and v of source[B,S,D], by heads."""
-        q, k, v = self.q(x), self.k(source), self.v(source)
+        if self.joined is None:
+            q, k, v = self.q(x), self.k(source), self.v(source)
+        else:
+            q, k, v = self.joined(x)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

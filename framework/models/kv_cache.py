@@ -13,16 +13,21 @@ anything sees it.
     hidden = model(tokens[4,1], positions=lengths[:, None], cache=cache.view())
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from framework.models.config import ModelConfig
+from framework.models.config import ModelConfig, Position
+from framework.models.positions import rotary_tables
 
 
 class KVCache:
-    """Zeros at first; `length` is rounded up to a multiple of 8 (strict mode's padding of keys)."""
+    """Zeros at first; `length` is rounded up to a multiple of 8 (strict mode's padding of keys).
+
+    keys and values[layer][slot, K, S, H]: the entries of one head lie together, so that a product over them needs no
+    copy; a tensor a layer, so that a compiled step writes in place. Every position's cosines and sines are made once.
+    """
 
     def __init__(
         self,
@@ -34,9 +39,15 @@ class KVCache:
     ):
         self.slots = slots
         self.length = -(-length // 8) * 8
-        shape = (config.num_layers, slots, self.length, config.kv_heads, config.head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape, layers = (slots, config.kv_heads, self.length, config.head_size), range(config.num_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.every = torch.arange(slots, device=device)
+        self.heads = torch.arange(config.kv_heads, device=device).unsqueeze(1)
+        self.rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [S, R]
+        if config.position is Position.ROTARY:
+            cos, sin = rotary_tables(torch.arange(self.length, device=device).unsqueeze(0), config, dtype)
+            self.rotary = (cos[0], sin[0])
 
     def view(self, slots: Tensor | None = None, used: int | None = None) -> "CacheView":
         """The slots that a forward reads and writes, row b of its tokens being slot slots[b] (int64, no repeats); all
@@ -52,15 +63,24 @@ class CacheView:
     cache: KVCache
     slots: Tensor | None
     used: int
+    place: tuple[Tensor, Tensor, Tensor] | None = None  # where it writes [B, K, T], once `at` knows its positions
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, used: int) -> tuple[Tensor, Tensor]:
-        """Write k and v[B,T,K,H] of the tokens at positions[B,T]; return the first `used` entries of the view's slots,
-        both [B,used,K,H]. A position at or beyond the cache's length is an IndexError."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        slots = torch.arange(len(k), device=k.device) if self.slots is None else self.slots
-        place = (slots.unsqueeze(1), positions)
-        keys[place] = k.to(keys.dtype)
-        values[place] = v.to(values.dtype)
-        if self.slots is None:
-            return keys[:, :used], values[:, :used]
-        return keys[slots, :used], values[slots, :used]
+    def at(self, positions: Tensor) -> "CacheView":
+        """This view for tokens at positions[B,T]."""
+        slots = self.cache.every if self.slots is None else self.slots
+        return replace(self, place=(slots.view(-1, 1, 1), self.cache.heads, positions.unsqueeze(1)))
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`rotary_tables` of positions[B,T], looked up: the same bits, for an angle is rounded from fp64."""
+        return None if self.cache.rotary is None else (self.cache.rotary[0][positions], self.cache.rotary[1][positions])
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """Write k and v[B,T,K,H] of the tokens that `at` was told of; return the first `used` entries of the view's
+        slots, both [B,used,K,H]. A position at or beyond the cache's length is an IndexError."""
+        return self._extended(self.cache.keys[layer], k, used), self._extended(self.cache.values[layer], v, used)
+
+    def _extended(self, entries: Tensor, new: Tensor, used: int) -> Tensor:
+        assert self.place is not None, "a view must be told its positions first"
+        entries[self.place] = new.to(entries.dtype).transpose(1, 2)
+        seen = entries if self.slots is None else entries[self.slots]
+        return seen[:, :, :used].transpose(1, 2)

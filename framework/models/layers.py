@@ -3,6 +3,8 @@
 Strict mode (law On-policy): the same bits for a row whatever else is in the batch. It is settled at construction.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,31 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x[..., inputs] -> [..., outputs]."""
         return strict_linear(x, self.weight, self.bias) if self.strict else F.linear(x, self.weight, self.bias)
+
+
+class Joined:
+    """Linears of one input as one product, for a model that only generates: their parameters become rows of one matrix
+    and keep their names and shapes, so that loading fills both.
+
+    Training keeps them apart: a joined copy of the weights cost more than it saved, and a plan cuts each by itself.
+    """
+
+    def __init__(self, *parts: Linear):
+        self.sizes = [len(part.weight) for part in parts]
+        self.weight = _in_one_piece([part.weight for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        self.bias = _in_one_piece(biases) if biases else None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x[..., I] -> what each of the linears gives."""
+        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+
+
+def _in_one_piece(parts: Sequence[Tensor]) -> Tensor:
+    joined = torch.cat([part.data for part in parts])
+    for part, rows in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = rows
+    return joined
 
 
 class RMSNorm(nn.Module):
@@ -53,15 +80,21 @@ class MLP(nn.Module):
         self.down = Linear(inner, hidden, bias, strict)
         self.activation = config.activation
         self.strict = strict
+        self.joined: Joined | None = None
+
+    def join(self) -> None:
+        """Gate and up in one product from now on (see `Joined`)."""
+        self.joined = None if self.gate is None else Joined(self.gate, self.up)
 
     def forward(self, x: Tensor) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
-        if self.gate is not None and self.activation is Activation.SWIGLU:
-            return self.down(swiglu(self.gate(x), self.up(x), strict=self.strict))
         act = strict_activation if self.strict else activation
-        if self.gate is not None:
-            return self.down(act(self.gate(x), self.activation) * self.up(x))
-        return self.down(act(self.up(x), self.activation))
+        if self.gate is None:
+            return self.down(act(self.up(x), self.activation))
+        gate, up = (self.gate(x), self.up(x)) if self.joined is None else self.joined(x)
+        if self.activation is Activation.SWIGLU:
+            return self.down(swiglu(gate, up, strict=self.strict))
+        return self.down(act(gate, self.activation) * up)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

@@ -204,13 +204,14 @@ class Transformer(nn.Module):
         span_positions: Tensor | None,
         cache: CacheView | None,
     ) -> Context:
-        tables = self._tables(positions, span_positions, hidden.dtype)
+        tables = self._tables(positions, span_positions, cache, hidden.dtype)
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
         # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
         standing = places if document_ids is None else positions
         mask = None if document_ids is None else (within if self._encodes else self.mask)(document_ids)
         if cache is not None:
             places = positions = positions.expand(hidden.shape[0], -1)
+            cache = cache.at(positions)
             keys = cache.cache.length if self.strict else cache.used
             mask, standing = cache_mask(positions, keys), torch.arange(keys, device=positions.device).unsqueeze(0)
         if prefix_lengths is not None:
@@ -224,12 +225,13 @@ class Transformer(nn.Module):
         return Context(positions, tables, whole, close, cache, keys)
 
     def _tables(
-        self, positions: Tensor, span_positions: Tensor | None, dtype: torch.dtype
+        self, positions: Tensor, span_positions: Tensor | None, cache: CacheView | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, [B|1,T,R] each; of two kinds of positions one behind the other."""
         if not self.config.rotary_parts:
             return None
-        cos, sin = rotary_tables(positions, self.config, dtype)
+        known = None if cache is None else cache.rotary(positions)
+        cos, sin = rotary_tables(positions, self.config, dtype) if known is None else known
         if self.config.rotary_parts == 1:
             return cos, sin
         inner = torch.zeros_like(positions) if span_positions is None else span_positions

@@ -157,6 +157,39 @@ def test_an_untied_grouped_model_with_biases_agrees_with_its_trainer_too(monkeyp
     assert torch.equal(torch.where(rollout.response_mask, trainer, 0.0), rollout.log_probs)
 
 
+def test_a_compiled_step_gives_the_tokens_of_the_plain_one() -> None:
+    """Slots are refilled at other times, and some are free at the end."""
+    prompts, greedy = tiny.prompts(7), SamplingConfig(max_tokens=12, temperature=0.0)
+    stop = tuple(range(0, 50, 6))
+    made = NativeGenerator(tiny.CONFIG, GenerationConfig(slots=3, compile=True), stop, "cpu")
+    made.load(tiny.pairs(), version=3)
+    for sampling in (greedy, SAMPLING):
+        plain = tiny.generator(strict=False, slots=3, stop=stop).generate(prompts, sampling, seed=4, width=WIDTH)
+        compiled = made.generate(prompts, sampling, seed=4, width=WIDTH)
+        assert torch.equal(compiled.tokens, plain.tokens)
+        assert 0 < (compiled.log_probs - plain.log_probs).abs().max() < 1e-4  # it was another program that ran
+    assert len(set(plain.response_mask.sum(1).tolist())) > 2
+    made.load(tiny.pairs(seed=9), version=4)  # weights are read anew, not kept by the graph
+    plain = tiny.generator(strict=False, slots=3, stop=stop, seed=9).generate(prompts, greedy, width=WIDTH)
+    assert torch.equal(made.generate(prompts, greedy, width=WIDTH).tokens, plain.tokens)
+
+
+def test_compiled_and_strict_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match=r"generation.compile=true .* strict=true may not"):
+        GenerationConfig(strict=True, compile=True)
+
+
+def test_joined_products_are_the_live_weights() -> None:
+    """Not strict, so that q, k, v and gate, up are rows of one matrix each: what is loaded is what is multiplied."""
+    made = tiny.generator(strict=False)
+    assert made.fingerprints() == {name: tensor_hash(tensor) for name, tensor in tiny.pairs()}
+    attention = made._model.layers["0"].attention
+    assert torch.equal(
+        attention.joined.weight, torch.cat([part.weight for part in (attention.q, attention.k, attention.v)])
+    )
+    assert attention.k.weight.untyped_storage().data_ptr() == attention.joined.weight.untyped_storage().data_ptr()
+
+
 def test_streaming_gives_the_tokens_of_generate() -> None:
     made = tiny.generator()
     prompt = [3, 1, 4]

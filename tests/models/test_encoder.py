@@ -137,7 +137,7 @@ def test_the_shapes_of_a_head_are_the_scorer_s() -> None:
 
 def test_an_encoder_writes_no_text() -> None:
     config = ModelConfig(Architecture.ENCODER, vocab_size=37, num_layers=1)
-    with pytest.raises(UsageError, match="architecture=encoder writes no text"):
+    with pytest.raises(UsageError, match="architecture=encoder, position=rotary writes no text"):
         NativeGenerator(config, GenerationConfig(), (0,))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from framework.core.errors import UsageError
-from framework.models.adapters import Adapter, save_adapter
+from framework.models.adapters import Adapter, LowRank, save_adapter
 from framework.models.config import Activation, LoraConfig, ModelConfig, MoeConfig
 from framework.models.families.llama import FAMILIES
 from framework.models.hub import pieces_of
@@ -137,9 +137,9 @@ def test_an_adapter_takes_attention_alone() -> None:
 def test_an_adapter_of_an_expert_is_refused(tmp_path: Path) -> None:
     config = replace(MOE, family="qwen3_moe", qk_norm=True, moe=MoeConfig(experts=4))
     places = pieces_of(config)
-    low_rank = {"model.layers.1.mlp.experts.3.up_proj": (torch.zeros(2, 32), torch.zeros(40, 2))}
+    low_rank = {"model.layers.1.mlp.experts.3.up_proj": LowRank(torch.zeros(2, 32), torch.zeros(40, 2), 1.0)}
     with pytest.raises(UsageError, match=r"adapts model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight, an expert's"):
-        Adapter("base", 1.0, low_rank, {}).over(random_weights(config, 0), places, tmp_path)
+        Adapter("base", low_rank, {}).over(random_weights(config, 0), places, tmp_path)
     whole = {"layers.1.mlp.experts.up.weight": torch.zeros(4, 40, 32)}
     with pytest.raises(UsageError, match=r"experts\.0\.up_proj\.weight and its like, experts, have no place in an ada"):
         save_adapter(tmp_path / "adapter", "base", LoraConfig(rank=2), {}, whole, places, "CAUSAL_LM")
