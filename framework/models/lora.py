@@ -148,9 +148,8 @@ def merged(
         if leaf in (_A, _B, _M):
             kept[name] = tensor
             if leaf == last:
-                a, b, m = (kept.get(f"{path}.{leaf}") for leaf in (_A, _B, _M))
-                assert a is not None and b is not None  # noqa: PT018
-                yield f"{path}.weight", plus(waiting.pop(path), a, b, lora.scale, m)
+                a, b = kept[f"{path}.{_A}"], kept[f"{path}.{_B}"]
+                yield f"{path}.weight", plus(waiting.pop(path), a, b, lora.scale, kept.get(f"{path}.{_M}"))
         elif leaf == "weight" and path in paths:
             waiting[path] = tensor
         else:
