@@ -200,9 +200,13 @@ def test_a_classifier_goes_on_with_its_head(folder: Path, tmp_path: Path) -> Non
     assert summary(second)["figures"]["valid/loss/before"] == summary(first)["figures"]["valid/loss"]
     log = tmp_path / "log"
     other = words(folder, "policy", "verse", tmp_path / "third", f"init_from={first / 'model'}")
-    code, said = end(fork([*other, "classify.labels=[five,seven,mixed]"], log), log)
-    assert code == 2
-    assert "is a classifier of 2 outputs, the data need 3" in said.splitlines()[-1]
+    for labels, line in {
+        "five,seven,mixed": "is a classifier of 2 outputs, the data need 3",
+        "seven,five": "is a classifier of five, seven, the data have seven, five; if they are the same, say",
+    }.items():
+        code, said = end(fork([*other, f"classify.labels=[{labels}]"], log), log)
+        assert code == 2
+        assert line in said.splitlines()[-1]
 
 
 # --- stopped, and in layouts ---------------------------------------------------------------------------------------
