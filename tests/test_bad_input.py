@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import WORDS, command, environment, framework
+from tests.tiny import WORDS, command, environment, forked
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's folder with all models of the quickstart, tiny."""
     folder = tmp_path_factory.mktemp("trained")
-    framework("pipeline", *WORDS, f"run.dir={folder / 'run'}", cwd=folder)
+    forked("pipeline", *WORDS, f"run.dir={folder / 'run'}", cwd=folder)
     return folder / "run"
 
 
@@ -30,7 +30,7 @@ def pretrain(folder: Path, trained: Path, *words: str) -> list[str]:
 
 
 def test_a_nan_stops_the_run_with_one_line(tmp_path: Path, trained: Path) -> None:
-    done = framework(*pretrain(tmp_path, trained, "optim.lr=1e30", "optim.clip=0"), cwd=tmp_path, check=False)
+    done = forked(*pretrain(tmp_path, trained, "optim.lr=1e30", "optim.clip=0"), cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "lower optim.lr, or pass over such steps: engine.non_finite=skip" in done.stderr
     assert "Traceback" not in done.stderr
@@ -39,7 +39,7 @@ def test_a_nan_stops_the_run_with_one_line(tmp_path: Path, trained: Path) -> Non
 
 def test_a_flipped_byte_falls_back_to_the_checkpoint_before(tmp_path: Path, trained: Path) -> None:
     words = pretrain(tmp_path, trained, "checkpoint.keep=4")
-    framework(*words, cwd=tmp_path)
+    forked(*words, cwd=tmp_path)
     before = (tmp_path / "pretrain/model/model.safetensors").read_bytes()
     (tmp_path / "pretrain/summary.json").unlink()
     newest = max((tmp_path / "pretrain/checkpoints").glob("step_*"))
@@ -47,7 +47,7 @@ def test_a_flipped_byte_falls_back_to_the_checkpoint_before(tmp_path: Path, trai
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    done = framework(*words, cwd=tmp_path)
+    done = forked(*words, cwd=tmp_path)
     assert f"warning: checkpoint {newest.name} is not used" in done.stderr
     assert (tmp_path / "pretrain/model/model.safetensors").read_bytes() == before
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from framework.models import hub
-from tests.tiny import WORDS, framework
+from tests.tiny import WORDS, forked
 
 AXES = {
     "bloom": "position=alibi norm=layer embedding_norm=true activation=gelu_tanh attention_bias=all mlp_bias=true",
@@ -21,7 +21,7 @@ AXES = {
 @pytest.mark.parametrize("family", AXES)
 def test_a_family_goes_through_every_stage_and_into_transformers(family: str, tmp_path: Path) -> None:
     words = [f"pretrain.model.{word}" for word in (f"family={family}", *AXES[family].split())]
-    framework("pipeline", *WORDS, *words, cwd=tmp_path)
+    forked("pipeline", *WORDS, *words, cwd=tmp_path)
     for stage in ("pretrain", "sft", "reward_model", "ppo"):
         folder = tmp_path / "runs" / "quickstart" / stage / "model"
         kind: Any = transformers.AutoModelForCausalLM

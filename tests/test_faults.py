@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import STAGES, WORDS, command, environment, framework
+from tests.tiny import STAGES, WORDS, command, environment, forked
 
 KILLED = ["pretrain", "sft", "reward_model", "ppo"]
 
@@ -74,7 +74,7 @@ def test_a_pipeline_killed_in_every_stage_ends_in_the_same_bits(tmp_path: Path, 
     delays = random.Random(0)
     for stage in KILLED:
         stop_in(tmp_path / "run", stage, delays.uniform(0.0, 1.5), signal.SIGKILL)
-    framework("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    forked("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert fingerprints(tmp_path / "run") == undisturbed
 
 
@@ -88,7 +88,7 @@ def test_a_polite_stop_saves_says_so_and_continues(
         assert returned in (code, 0), f"{stage}: {returned}"
         if returned == code:
             assert stage_status(root, stage)["state"] == "interrupted"
-    framework("pipeline", *WORDS, f"run.dir={root}", cwd=tmp_path)
+    forked("pipeline", *WORDS, f"run.dir={root}", cwd=tmp_path)
     assert fingerprints(root) == undisturbed
 
 
@@ -97,12 +97,12 @@ def test_a_finished_pipeline_is_skipped_and_another_recipe_there_is_refused(tmp_
     words = [
         word for word in words if word.split(".")[0] in ("pretrain", "tokenizer") or word.split(".")[0] not in STAGES
     ]
-    framework("pipeline", *words, cwd=tmp_path)
+    forked("pipeline", *words, cwd=tmp_path)
     before = fingerprints(tmp_path / "run")
-    framework("pipeline", *words, cwd=tmp_path)
+    forked("pipeline", *words, cwd=tmp_path)
     assert fingerprints(tmp_path / "run") == before
     assert stage_status(tmp_path / "run", "pretrain")["attempt"] == 1
-    refused = framework("pipeline", *words, "pretrain.optim.lr=1e-4", cwd=tmp_path, check=False)
+    refused = forked("pipeline", *words, "pretrain.optim.lr=1e-4", cwd=tmp_path, check=False)
     assert refused.returncode == 2
     assert "pretrain.optim.lr: 0.004 there, 0.0001 now" in refused.stderr
 
@@ -115,5 +115,5 @@ def test_many_kills(tmp_path: Path, undisturbed: dict[str, str], seed: int) -> N
     for _ in range(3):
         for stage in KILLED:
             stop_in(tmp_path / "run", stage, delays.uniform(0.0, 4.0), signal.SIGKILL)
-    framework("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    forked("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert fingerprints(tmp_path / "run") == undisturbed

@@ -15,7 +15,7 @@ from framework.core.registry import lookup, names
 from framework.main import compose, main
 from framework.models.hub import load
 from framework.stages.config import PretrainRun
-from tests.tiny import framework
+from tests.tiny import forked
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/models.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -40,10 +40,10 @@ def test_the_page_s_way_in_on_and_out(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _, (tokenizer,), (sft, compare), _, (explain, pretrain), (mixture, compared) = map(commands, BASH)
-    framework(*tokenizer, cwd=tmp_path)
+    forked(*tokenizer, cwd=tmp_path)
     printed(PYTHON[0])
     assert printed(PYTHON[1])[-2:] == ["True True", "tensor(True)"]
-    framework(*sft, *_QUIET, "data.train=[corpora/tang/sft.valid.jsonl]", cwd=tmp_path)
+    forked(*sft, *_QUIET, "data.train=[corpora/tang/sft.valid.jsonl]", cwd=tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained("runs/sft/model")
     assert type(model) is transformers.Glm4ForCausalLM
     capsys.readouterr()
@@ -53,9 +53,9 @@ def test_the_page_s_way_in_on_and_out(
     assert main(explain) == 0
     assert "1,235,814,400 parameters" in capsys.readouterr().out
     short = ["model.hidden_size=24", "data.train=[corpora/tang/valid.txt]", "train.steps=1", "batch.size=2"]
-    framework(*pretrain, *short, *_QUIET, cwd=tmp_path)
+    forked(*pretrain, *short, *_QUIET, cwd=tmp_path)
     assert type(transformers.AutoModelForCausalLM.from_pretrained("runs/pretrain/model")).__name__ == "GPT2LMHeadModel"
-    framework(*mixture, *short, "model.head_dim=8", "model.moe.first=1", *_QUIET, cwd=tmp_path)
+    forked(*mixture, *short, "model.head_dim=8", "model.moe.first=1", *_QUIET, cwd=tmp_path)
     hold_mixture(tmp_path / "runs" / "mixture")
     assert main(compared) == 0
     assert "2 of 8 x 96, in 3 layers  8 of 128 x 768" in capsys.readouterr().out
@@ -76,9 +76,9 @@ def hold_mixture(run: Path) -> None:
 def test_the_page_s_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer, pretrain, reward_model = commands(BASH[3])
-    framework(*tokenizer, "tracking.progress=false", cwd=tmp_path)
-    framework(*pretrain, *_QUIET, "train.steps=2", "data.train=[corpora/tang/valid.txt]", cwd=tmp_path)
-    framework(*reward_model, *_QUIET, "train.steps=1", "evaluation.baselines=false", cwd=tmp_path)
+    forked(*tokenizer, "tracking.progress=false", cwd=tmp_path)
+    forked(*pretrain, *_QUIET, "train.steps=2", "data.train=[corpora/tang/valid.txt]", cwd=tmp_path)
+    forked(*reward_model, *_QUIET, "train.steps=1", "evaluation.baselines=false", cwd=tmp_path)
     assert type(transformers.AutoModelForMaskedLM.from_pretrained("runs/encoder/model")).__name__ == "BertForMaskedLM"
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
     assert type(classifier).__name__ == "BertForSequenceClassification"

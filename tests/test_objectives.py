@@ -10,7 +10,7 @@ import transformers
 
 from framework.main import main
 from framework.models import hub
-from tests.tiny import WORDS, framework
+from tests.tiny import WORDS, forked
 
 _QUIET = ["device=cpu", "threads=1", "tracking.progress=false", "tracking.every=1"]
 _BERT = [
@@ -37,9 +37,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of a tokenizer that has a mask token and of BERT, pretrained by it."""
     folder = tmp_path_factory.mktemp("encoder")
     tokens = ["data.train=[corpora/tang/train.txt]", "tokenizer.kind=character", "tokenizer.vocab_size=2816"]
-    framework("tokenizer", *tokens, "tokenizer.mask=true", "tracking.progress=false", cwd=folder)
+    forked("tokenizer", *tokens, "tokenizer.mask=true", "tracking.progress=false", cwd=folder)
     short = ["train.steps=30", "batch.size=8", "optim.lr=0.01", "train.validate_every=30"]
-    framework(*pretrain(folder, *_BERT, *short), cwd=folder)
+    forked(*pretrain(folder, *_BERT, *short), cwd=folder)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_an_encoder_becomes_a_reward_model(encoder: Path) -> None:
         "data.train=[corpora/tang/preference.train.jsonl]", "data.max_tokens=64", "batch.size=4", "train.steps=2",
         "train.last_layers=1",
     ]  # fmt: skip
-    framework("reward_model", f"init_from={encoder}/runs/pretrain/model", *words, *_QUIET, cwd=encoder)
+    forked("reward_model", f"init_from={encoder}/runs/pretrain/model", *words, *_QUIET, cwd=encoder)
     folder = encoder / "runs/reward_model/model"
     _, info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -104,7 +104,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tokens = ["data.train=[corpora/tang/valid.txt]", "tokenizer.kind=character", "tokenizer.vocab_size=900"]
-    framework("tokenizer", *tokens, "tracking.progress=false", cwd=tmp_path)
+    forked("tokenizer", *tokens, "tracking.progress=false", cwd=tmp_path)
     assert main(pretrain(tmp_path, *_BERT)) == 2
     assert "needs a tokenizer with a mask token" in capsys.readouterr().err
 
@@ -114,13 +114,13 @@ def test_t5_learns_hidden_spans_and_opens_in_transformers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tokens = ["data.train=[corpora/tang/valid.txt]", "tokenizer.kind=character", "tokenizer.vocab_size=900"]
-    framework("tokenizer", *tokens, "tokenizer.sentinels=20", "tracking.progress=false", cwd=tmp_path)
+    forked("tokenizer", *tokens, "tokenizer.sentinels=20", "tracking.progress=false", cwd=tmp_path)
     t5 = [
         "model=t5-small", "model.vocab_size=0", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
         "model.head_dim=16", "model.intermediate_size=64",
     ]  # fmt: skip
     short = ["train.steps=20", "batch.size=8", "optim.lr=0.01", "train.validate_every=20", "language.span=2"]
-    framework(*pretrain(tmp_path, *t5, *short), cwd=tmp_path)
+    forked(*pretrain(tmp_path, *t5, *short), cwd=tmp_path)
     folder = tmp_path / "runs/pretrain"
     assert figures(folder)["valid/loss"] < figures(folder)["valid/loss/before"] - 0.3
     theirs: Any
@@ -136,15 +136,30 @@ def test_t5_learns_hidden_spans_and_opens_in_transformers(
     assert theirs.generate(read, max_new_tokens=4).shape[1] > 1
     capsys.readouterr()
     assert main(["generate", str(folder / "model"), "春"]) == 2
-    assert "architecture=encoder_decoder writes no text here" in capsys.readouterr().err
+    assert "architecture=encoder_decoder, position=relative writes no text here" in capsys.readouterr().err
     assert main(["sft", f"init_from={folder}/model", "data.train=[corpora/tang/sft.valid.jsonl]", *_QUIET[:3]]) == 2
     assert "sft does not train a model of architecture=encoder_decoder" in capsys.readouterr().err
+
+
+def test_glm_learns_to_fill_blanks(encoder: Path) -> None:
+    """The tokenizer's mask token stands for a span; the folder comes back as it is."""
+    glm = [
+        "model=chatglm-6b", "model.vocab_size=0", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
+        "model.intermediate_size=64", "name=glm",
+    ]  # fmt: skip
+    short = ["train.steps=20", "batch.size=8", "optim.lr=0.01", "train.validate_every=20"]
+    forked(*pretrain(encoder, *glm, *short), cwd=encoder)
+    folder = encoder / "runs/glm"
+    assert figures(folder)["valid/loss"] < figures(folder)["valid/loss/before"] - 0.3
+    said = json.loads((folder / "model/config.json").read_text())
+    assert (said["model_type"], said["position_encoding_2d"]) == ("chatglm", True)
+    assert hub.load(folder / "model").config.num_layers == 1
 
 
 def test_a_prefix_model_goes_through_every_stage(tmp_path: Path) -> None:
     """Prompts are seen whole by trainer and generator alike: their log-probs agree to the last bit."""
     words = ["pretrain.model.family=framework", "pretrain.model.architecture=prefix"]
-    framework("pipeline", *WORDS, *words, cwd=tmp_path)
+    forked("pipeline", *WORDS, *words, cwd=tmp_path)
     runs = tmp_path / "runs/quickstart"
     assert figures(runs / "sft")["valid/loss"] < figures(runs / "sft")["valid/loss/before"]
     last = json.loads((runs / "ppo/metrics.jsonl").read_text().splitlines()[-1])

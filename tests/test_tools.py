@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 
 from tests.test_bad_input import pretrain
-from tests.tiny import command, environment, framework
+from tests.tiny import command, environment, forked, framework
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer's and a pretraining run."""
     folder = tmp_path_factory.mktemp("tools")
-    framework("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
-    framework(*pretrain(folder, folder), cwd=folder)
+    forked("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
+    forked(*pretrain(folder, folder), cwd=folder)
     return folder
 
 
 def test_generate_answers_each_prompt_and_repeats_with_its_seed(root: Path) -> None:
     words = ("generate", str(root / "pretrain"), "春風", "--raw", "--samples", "2", "--max-tokens", "8", "--seed", "3")
-    first, second = (framework(*words, cwd=root).stdout for _ in range(2))
+    first, second = (forked(*words, cwd=root).stdout for _ in range(2))
     assert first == second
     assert all(line.startswith("春風") for line in first.splitlines()[:1])
 
@@ -36,9 +36,9 @@ def test_chat_answers_until_the_end_of_input(root: Path) -> None:
 
 
 def test_status_and_report_read_what_lies_there(root: Path) -> None:
-    told = framework("status", str(root), cwd=root).stdout
+    told = forked("status", str(root), cwd=root).stdout
     assert "pretrain: finished, step 8 of 8 (100%)" in told
-    page = framework("report", str(root), cwd=root).stdout.strip()
+    page = forked("report", str(root), cwd=root).stdout.strip()
     assert "pretrain" in Path(page).read_text()
 
 

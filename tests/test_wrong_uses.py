@@ -5,14 +5,9 @@ ROWS is the table; below it stands the runner. Left out: what needs a process to
 """
 
 import json
-import multiprocessing
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +15,7 @@ from typing import NamedTuple
 import pytest
 import safetensors.numpy
 
-from framework.main import main
-from tests.tiny import environment, framework, model_folders
+from tests.tiny import forked, framework, model_folders
 
 Content = str | bytes | None | Callable[[bytes], bytes]  # None: a folder; a function: of what stands there already
 
@@ -153,6 +147,9 @@ ROWS = [
     Wrong(f"{SFT} train.last_layers=2", "train.last_layers=2, but the model has 1 layers; choose at most 1", SAMPLES),
     Wrong("sft init_from=base", "data.train is empty"),
     Wrong(f"{_SFT} lora.rank=4 train.last_layers=1", "train.freeze and train.last_layers do not go with lora.rank"),
+    Wrong(f"{_SFT} lora.rank=4 lora.base=nf4", "lora.base=nf4 (QLoRA) takes bitsandbytes and a GPU"),
+    Wrong(f"{_SFT} lora.rank=4 lora.dropout=1", "lora.dropout=1.0 must be in [0, 1)"),
+    Wrong(f"{_SFT} lora.rank=4 load_in_4bit=true", "unknown key 'load_in_4bit': it is set by lora.base here"),
     Wrong(f"{SFT} lora.rank=4 lora.targets=[q_proj]", "lora.targets: 'q_proj' is no part of this model", SAMPLES),
     Wrong(f"{_SFT} optim.lr=inf", "optim.lr=inf must be finite"),
     Wrong(f"{_SFT} optim.clip=-1", "optim.clip=-1.0 must not be negative"),
@@ -440,34 +437,6 @@ def errors(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.strip() and not line.startswith("preparing ")]
 
 
-def told(words: list[str], cwd: Path, fresh: bool) -> subprocess.CompletedProcess[str]:
-    """What the command says; in a fork of this process, which has all imports behind it, unless `fresh`."""
-    if fresh:
-        return framework(*words, cwd=cwd, timeout=120, check=False)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-
-        def run() -> None:
-            os.chdir(cwd)
-            os.environ |= environment()
-            for descriptor, stream in ((1, out), (2, err)):
-                os.dup2(stream.fileno(), descriptor)
-            sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")  # noqa: SIM115
-            code = main(words)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-        process = multiprocessing.get_context("fork").Process(target=run)
-        process.start()
-        process.join(120)
-        process.kill()  # one that hangs
-        process.join()
-        assert process.exitcode is not None
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(words, process.exitcode, out.read(), err.read())
-
-
 @pytest.mark.parametrize(
     ("number", "row"),
     list(enumerate(ROWS)),
@@ -478,7 +447,8 @@ def test_a_wrong_use_gets_one_clear_line(tmp_path: Path, models: Mapping[str, st
     before = content_of(tmp_path)
     words = [re.sub("POLICY|REWARD", lambda name: models[name[0]], word) for word in shlex.split(row.words)]
     # Every tenth as a user's shell would start it; Ray does not go through a fork.
-    done = told(words, tmp_path, fresh=number % 10 == 0 or "cluster=ray" in words)
+    fresh = number % 10 == 0 or "cluster=ray" in words
+    done = (framework if fresh else forked)(*words, cwd=tmp_path, timeout=120, check=False)
     assert done.returncode == row.code, done.stderr
     (error,) = errors(done.stderr)
     assert error.startswith(f"framework {words[0]}: ")

@@ -18,6 +18,7 @@ def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    cap: float = 0.0,
     strict: bool = False,
 ) -> Tensor:
     """See `reference.attention`. q[B,T,N,H], k and v[B,S,K,H] -> [B,T,N,H].
@@ -27,7 +28,10 @@ def attention(
     """
     if strict:
         dispatch.announce("attention", dispatch.STRICT)
-        return _padded_reference(q, k, v, mask, causal, scale)
+        return _padded_reference(q, k, v, mask, causal, scale, cap)
+    if cap:  # no fused kernel of torch's has it
+        dispatch.announce("attention", dispatch.REFERENCE)
+        return reference.attention(q, k, v, mask=mask, causal=causal, scale=scale, cap=cap)
     dispatch.announce("attention", dispatch.SDPA)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
@@ -38,7 +42,7 @@ def attention(
 
 
 def _padded_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, cap: float
 ) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     more_queries, more_keys = -queries % _ROWS, -keys % _ROWS
@@ -50,4 +54,4 @@ def _padded_reference(
     seen = F.pad(seen, (0, 0, 0, more_queries), value=shown)  # a query that sees nothing would be NaN, also backward
     q = F.pad(q, (0, 0, 0, 0, 0, more_queries))
     k, v = (F.pad(x, (0, 0, 0, 0, 0, more_keys)) for x in (k, v))
-    return reference.attention(q, k, v, mask=seen, scale=scale)[:, :queries]
+    return reference.attention(q, k, v, mask=seen, scale=scale, cap=cap)[:, :queries]

@@ -88,6 +88,7 @@ class TokenBatch(Record):
     positions: Tensor  # [B, T] int64
     document_ids: Tensor  # [B, T] int64
     prefix_lengths: Tensor | None = None  # [B, T] int64: how many of its document's tokens all of it may see
+    span_positions: Tensor | None = None  # [B, T] int64: the place in a hidden span, from 1 on; 0 in the text around
     token_types: Tensor | None = None  # [B, T] int64: which part of a pair a token is of
     source: TokenBatch | None = None  # [B, S]: what an encoder reads; of its labels none counts
 

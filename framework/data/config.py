@@ -70,10 +70,11 @@ def _share(word: str) -> float | None:
 class Objective(Choice):
     """What of a text is hidden, and predicted."""
 
-    AUTO = "auto"  # what suits model.architecture: causal, prefix, masked of an encoder, spans of one with a decoder
+    AUTO = "auto"  # what suits the model: causal; prefix, or blanks with 2-D positions; masked; spans
     CAUSAL = "causal"  # each next token (Radford et al. 2018)
     PREFIX = "prefix"  # each next token behind a first part of random length (Raffel et al. 2020, section 3.2.3)
     MASKED = "masked"  # some tokens, from all others (Devlin et al. 2018)
+    BLANKS = "blanks"  # spans of tokens, written behind the rest in any order (Du et al. 2022, GLM)
     SPANS = "spans"  # spans of tokens, written one after another from the rest (Raffel et al. 2020, section 3.1.4)
 
 
@@ -82,8 +83,8 @@ class LanguageConfig:
     """What a language model learns from plain text."""
 
     objective: Objective = Objective.AUTO
-    share: float = 0.15  # masked, spans: of the tokens, predicted
-    span: float = 3.0  # spans: their mean length in tokens
+    share: float = 0.15  # masked, spans, blanks: of the tokens, predicted
+    span: float = 3.0  # spans, blanks: their mean length in tokens
     masked: float = 0.8  # masked: of those, read as the tokenizer's mask token
     random: float = 0.1  # masked: of those, read as any token; the rest are read as they are
 

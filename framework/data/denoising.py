@@ -1,4 +1,5 @@
-"""What is hidden of packed rows, and what is to be predicted: rows of text in, rows of another objective out.
+"""What is hidden of packed rows, and what is to be predicted: rows of text in, rows of another objective out. `spans`
+has those that are written elsewhere.
 
 Each draw is a pure function of (seed, the row's place in the stream, its token or document), so that an epoch hides
 other tokens than the one before and every layout and restart hides the same (law Order). Left out: which loss is taken,
@@ -7,8 +8,6 @@ for it is the same: the labels that count, over their number.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,28 +15,12 @@ import torch
 from torch import Tensor
 
 from framework.core import random
-from framework.core.records import TokenBatch, Tokenizer
+from framework.core.records import TokenBatch
 from framework.data.config import LanguageConfig, Objective
+from framework.data.spans import Marks, with_blanks, without_spans
 
 Places = npt.NDArray[np.int64]
 Shape = Callable[[TokenBatch, Places], TokenBatch]  # (rows, their places [B] in the stream) -> rows
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What a tokenizer has to hide with. Example, T5: Marks(32100, 1, 0, sentinel_ids=(32099, 32098, ...))."""
-
-    vocab_size: int
-    end_id: int
-    start_id: int
-    mask_id: int | None = None
-    sentinel_ids: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Self:
-        """Those of a tokenizer."""
-        ids = tokenizer.end_id, tokenizer.start_id, tokenizer.mask_id, tokenizer.sentinel_ids
-        return cls(tokenizer.vocab_size, *ids)
 
 
 def shaped_by(config: LanguageConfig, objective: Objective, marks: Marks, seed: int) -> Shape:
@@ -57,7 +40,8 @@ def shaped_by(config: LanguageConfig, objective: Objective, marks: Marks, seed: 
         if objective is Objective.MASKED:
             chosen, kind, other = (draws(rows, places, number) for number in range(3))
             return masked(rows, chosen, kind, other, config, marks)
-        return without_spans(rows, draws(rows, places, 0), draws(rows, places, 1), config, marks)
+        hide = without_spans if objective is Objective.SPANS else with_blanks
+        return hide(rows, torch.stack([draws(rows, places, number) for number in range(3)]), config, marks)
 
     return shape
 
@@ -98,75 +82,6 @@ def with_prompts(rows: TokenBatch, places: Places | None = None) -> TokenBatch:
     first = untrained.new_full((len(rows), int(rows.document_ids.max()) + 1), rows.tokens.shape[1])
     first = first.scatter_reduce(1, rows.document_ids, untrained, "amin").gather(1, rows.document_ids)
     return _behind(rows, torch.where(rows.document_ids > 0, first, 0))
-
-
-def without_spans(
-    rows: TokenBatch, of_hidden: Tensor, of_read: Tensor, config: LanguageConfig, marks: Marks
-) -> TokenBatch:
-    """Span corruption (Raffel et al. 2020, section 3.1.4): an encoder reads each document with spans hidden behind
-    sentinels, a decoder writes the sentinels and what stood there. `source` is what is read.
-
-    of_hidden, of_read [B,T]: uniform draws in [0, 1), by which hidden and read tokens are cut into spans, every way to
-    cut them being as likely as any other. As in T5's own code a document begins with a span that is read and ends with
-    one that is hidden, both texts end in the end token, and a document of one token is left out. Example, one document
-    "thank you for inviting me to your party last week" in which "for inviting" and "week" are hidden:
-
-        reads   thank you <extra_id_0> me to your party last <extra_id_1> </s>
-        writes  <extra_id_0> for inviting <extra_id_1> week </s>
-    """
-    read, written = [], []
-    for row, document_ids, hidden, shown in zip(rows.tokens, rows.document_ids, of_hidden, of_read, strict=True):
-        texts = [
-            _cut_up(row[mine], hidden[mine], shown[mine], config, marks)
-            for number in range(1, int(document_ids.max()) + 1)
-            if int((mine := document_ids == number).sum()) > 1
-        ]
-        read.append([torch.tensor(text) for text, _ in texts])
-        written.append([torch.tensor(text) for _, text in texts])
-    source = _together([[(text, None) for text in row] for row in read])
-    starts = torch.tensor([marks.start_id])
-    return dataclasses.replace(
-        _together([[(torch.cat((starts, text[:-1])), text) for text in row] for row in written]), source=source
-    )
-
-
-def _cut_up(
-    text: Tensor, of_hidden: Tensor, of_read: Tensor, config: LanguageConfig, marks: Marks
-) -> tuple[list[int], list[int]]:
-    """(what is read, what is written) of one document [n], n at least 2."""
-    size = len(text)
-    count = min(max(round(size * config.share), 1), size - 1)
-    spans = min(max(round(count / config.span), 1), size - count, len(marks.sentinel_ids))
-    lengths = zip(_composition(size - count, spans, of_read), _composition(count, spans, of_hidden), strict=True)
-    read, written, at = list[int](), list[int](), 0
-    for (kept, hidden), sentinel in zip(lengths, marks.sentinel_ids):
-        read += [*text[at : at + kept].tolist(), sentinel]
-        written += [sentinel, *text[at + kept : at + kept + hidden].tolist()]
-        at += kept + hidden
-    return [*read, marks.end_id], [*written, marks.end_id]
-
-
-def _composition(total: int, parts: int, draw: Tensor) -> list[int]:
-    """`total` as a sum of `parts` whole numbers of at least 1, each way as likely: cut where the draws are least."""
-    cuts = draw[: total - 1].argsort(stable=True)[: parts - 1].sort().values + 1
-    return torch.diff(torch.cat((torch.tensor([0]), cuts, torch.tensor([total])))).tolist()
-
-
-def _together(rows: list[list[tuple[Tensor, Tensor | None]]]) -> TokenBatch:
-    """Rows of documents (tokens, labels or None), padded on the right to one width, a multiple of 8."""
-    width = -(-max([1, *(sum(len(text) for text, _ in row) for row in rows)]) // 8) * 8
-    shape = (len(rows), width)
-    tokens, labels, positions, documents = (torch.zeros(shape, dtype=torch.long) for _ in range(4))
-    loss_mask = torch.zeros(shape, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        at = 0
-        for number, (text, label) in enumerate(row, start=1):
-            place = (b, slice(at, at + len(text)))
-            tokens[place], documents[place], positions[place] = text, number, torch.arange(len(text))
-            if label is not None:
-                labels[place], loss_mask[place] = label, True
-            at += len(text)
-    return TokenBatch(tokens, labels, loss_mask, positions, documents)
 
 
 def _firsts(rows: TokenBatch) -> Tensor:

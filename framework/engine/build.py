@@ -28,12 +28,13 @@ def build_engine(
     temperature: float = 1.0,
     frozen: frozenset[str] = frozenset(),
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> Engine:
     """An engine with its weights, laid out over the ranks of the world. Collective.
 
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
     the logits of every log-prob. `frozen`: logical names of parameters that do not learn; `lora`: the
-    adapter that does, whose parameters `weights` gives too.
+    adapter that does, whose parameters `weights` gives too; `seed`: of its dropout.
     """
     if parallel.zero in (1, 2) and optim is None:  # no states and no gradients that could be shared out
         parallel = ParallelConfig("ddp")
@@ -52,4 +53,5 @@ def build_engine(
         temperature=temperature,
         frozen=frozen,
         lora=lora,
+        seed=seed,
     )

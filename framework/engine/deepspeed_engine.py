@@ -29,6 +29,7 @@ from framework.engine.balancing import Balancing
 from framework.engine.config import EngineConfig, NonFinite
 from framework.engine.deepspeed_settings import settings
 from framework.engine.deepspeed_stretches import Partitions, Shares, Stretch
+from framework.engine.dropping import Dropping
 from framework.engine.flops import Work, training_work
 from framework.engine.micro_batches import without_empty
 from framework.engine.passes import Passes, Straight
@@ -66,6 +67,7 @@ def build_deepspeed_engine(
     temperature: float = 1.0,
     frozen: frozenset[str] = frozenset(),
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> "DeepSpeedEngine":
     """As `build_engine`, `parallel.zero` set. Under ZeRO-3 no rank holds more than one module whole. Collective.
 
@@ -76,7 +78,7 @@ def build_deepspeed_engine(
     with torch.device("meta"):
         scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
     if lora is not None:
-        attach(scorer.model, lora)
+        attach(scorer.model, lora, seed)
     scorer.to(COMPUTE[config.precision]).requires_grad_(optim is not None)
     for name, parameter in scorer.model.named_parameters():  # a classifier has no language head to freeze
         if name in frozen:
@@ -127,7 +129,8 @@ class DeepSpeedEngine:
         balance = None
         if self.scorer.model.config.moe.balance:  # it pulls during backward, and DeepSpeed averages that like the loss
             balance = Balancing([self.scorer.model], Ranks(None), device, times=self.data_size)
-        self._passes = Passes(carrier, ranks, micro_size, device, balance)
+        dropping = Dropping.of([self.scorer], micro_size, device)
+        self._passes = Passes(carrier, ranks, micro_size, device, balance, dropping)
         parameters = {logical_name(name): p for name, p in self.scorer.named_parameters()}
         is_zero3 = zero.zero_optimization_partition_weights()
         shares, trains = zero.optimizer, adamw is not None
@@ -141,7 +144,7 @@ class DeepSpeedEngine:
         scores_labels = self.scorer.scores_labels
         self._work += training_work(self.scorer.model.config, without_empty(rows), scores_labels, self._frozen)
         self._zero.train()
-        return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}")
+        return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}", self.step_count)
 
     def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""

@@ -116,7 +116,12 @@ def _seen(config: ModelConfig, inputs: TokenBatch, window: int) -> Tensor:
     if config.architecture is Architecture.ENCODER:
         last = seen.new_zeros(len(seen), int(inputs.document_ids.max()) + 1)
         return last.scatter_reduce(1, inputs.document_ids, seen, "amax").gather(1, inputs.document_ids)
-    if inputs.prefix_lengths is not None:
+    if config.architecture is Architecture.PREFIX and inputs.prefix_lengths is not None:
+        if inputs.span_positions is not None:  # places in the row, for those of a span all stand at its mask
+            at = seen.new_ones(seen.shape).cumsum(1)
+            first = at.new_full((len(at), int(inputs.document_ids.max()) + 1), seen.shape[1])
+            first = first.scatter_reduce(1, inputs.document_ids, at, "amin")
+            seen = at - first.gather(1, inputs.document_ids) + 1
         return seen.maximum(inputs.prefix_lengths)
     return seen.clamp(max=window) if window else seen
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from framework.core.deadline import deadline
 from framework.core.records import Counts, Metrics, Rows, Scores, count
 from framework.engine.balancing import Balancing
+from framework.engine.dropping import Dropping
 from framework.engine.metrics import merge, reduce_over
 from framework.engine.micro_batches import MicroBatch, cut, join, trim, without_empty
 from framework.engine.protocol import LossFn
@@ -70,7 +71,8 @@ class Straight:
 
 class Passes:
     """Forward and backward of an engine, over `ranks`, its data ranks. `loss` adds up what backward went through.
-    `balance` is told before backward how many sequences the step holds, and asked what it saw."""
+    `balance` is told before backward how many sequences the step holds, and asked what it saw; `dropping` which rows
+    are coming."""
 
     def __init__(
         self,
@@ -79,20 +81,26 @@ class Passes:
         micro_size: int,
         device: torch.device,
         balance: Balancing | None = None,
+        dropping: Dropping | None = None,
     ):
-        self._balance = balance
+        self._balance, self._dropping = balance, dropping
         self._carrier, self._ranks, self._micro_size, self._device = carrier, ranks, micro_size, device
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
-    def run(self, rows: Rows, loss_fn: LossFn, counts: Counts | None, backward: bool, phase: str) -> Metrics:
+    def run(
+        self, rows: Rows, loss_fn: LossFn, counts: Counts | None, backward: bool, phase: str, step: int = 0
+    ) -> Metrics:
         """`protocol.Engine.forward_backward`, or `measure` without `backward`. `phase` names the step in errors."""
         kept = without_empty(rows)
         with deadline(phase):
-            number, everywhere = self._agree(kept, counts)
+            number, first, everywhere = self._agree(kept, counts)
             if backward and self._balance is not None:
                 self._balance.begin(float(everywhere.sequences + everywhere.pairs))  # a pair is one, and two
             micros = list(cut(kept.to(self._device), self._micro_size, number))
-            total, metrics = self._carrier.losses(micros, partial(loss_of, loss_fn, everywhere), backward)
+            loss: LossOf = partial(loss_of, loss_fn, everywhere)
+            if backward and self._dropping is not None:
+                loss = self._dropping.around(loss, step, first)
+            total, metrics = self._carrier.losses(micros, loss, backward)
             if backward:
                 self.loss += total
                 metrics = metrics if self._balance is None else metrics | self._balance.figures()
@@ -106,13 +114,14 @@ class Passes:
             parts = list(zip(self._carrier.scores(micros), micros, strict=True))
         return join(parts).to(rows.inputs().tokens.device)
 
-    def _agree(self, rows: Rows, counts: Counts | None) -> tuple[int, Counts]:
-        """(micro-batches that every rank must go through, counts over all data ranks)."""
+    def _agree(self, rows: Rows, counts: Counts | None) -> tuple[int, int, Counts]:
+        """(micro-batches that every rank must go through, rows of the ranks before this one, counts over all)."""
         mine = count(rows) if counts is None else counts
-        numbers = [self._num_micro_batches(rows), *(int(n) for n in (mine.tokens, mine.sequences, mine.pairs))]
-        table = self._gather(*numbers)
-        tokens, sequences, pairs = table[:, 1:].sum(dim=0).split(1)
-        return self._common(table[:, :1]), Counts(tokens=tokens, sequences=sequences, pairs=pairs)
+        known = [int(n) for n in (mine.tokens, mine.sequences, mine.pairs)]
+        table = self._gather(self._num_micro_batches(rows), len(rows), *known)
+        tokens, sequences, pairs = table[:, 2:].sum(dim=0).split(1)
+        first = int(table[: self._ranks.rank, 1].sum())
+        return self._common(table[:, :1]), first, Counts(tokens=tokens, sequences=sequences, pairs=pairs)
 
     def _common(self, numbers: Tensor) -> int:
         """Micro-batches for all: as many as the rank with most rows has, at least one, and what the carrier wants."""

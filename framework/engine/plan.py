@@ -17,7 +17,7 @@ from framework.engine.config import EngineConfig
 from framework.engine.flops import layer_weights, multiplied_weights
 from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
-from framework.models.config import Architecture, ModelConfig, Position
+from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
 from framework.models.layers import Linear
 from framework.models.moe import Balance
 from framework.models.positions import Alibi
@@ -34,8 +34,14 @@ from framework.parallel.ring import RingCore
 from framework.parallel.sequence import CutRows
 
 
-def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, world_size: int) -> None:
-    """Refuse a layout that the model, or strict mode, does not fit."""
+def check(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    world_size: int,
+    lora: LoraConfig | None = None,
+) -> None:
+    """Refuse a layout that the model, an adapter's dropout or strict mode does not fit."""
     sizes = parallel.sizes(world_size)
     for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
         require(
@@ -47,8 +53,13 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         check_heads(model.num_heads // sizes["tensor"], model.kv_heads // sizes["tensor"], sizes["context"])
     sees = f"architecture={model.architecture.value}"
     looks_ahead = model.architecture is not Architecture.CAUSAL
-    biased = model.position in (Position.ALIBI, Position.RELATIVE)
-    unknown = {f"position={model.position.value}": biased, "window": model.window > 0, sees: looks_ahead}
+    biased = model.position in (Position.ALIBI, Position.RELATIVE, Position.ROTARY_2D)
+    unknown = {
+        f"position={model.position.value}": biased,
+        "window": model.window > 0,
+        sees: looks_ahead,
+        "score_cap": model.score_cap > 0,
+    }
     for axis, is_set in unknown.items():
         require(
             sizes["context"] == 1 or not is_set,
@@ -68,6 +79,12 @@ def check(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, wo
         f"model.num_layers={model.num_layers} cannot be cut into {stages} pipeline stages (parallel.pipeline="
         f"{sizes['pipeline']}, parallel.schedule={parallel.schedule.value}); choose at most "
         f"parallel.pipeline={model.num_layers // parallel.stages_per_rank}",
+    )
+    dropout = lora.dropout if lora is not None and lora.rank else 0.0
+    require(
+        not (dropout and parallel.cuts_the_model and world_size > 1),
+        f"lora.dropout={dropout} needs whole rows and matrices, parallel={parallel.name} cuts them; choose "
+        "parallel=fsdp, ddp or zero2, or lora.dropout=0",
     )
     require(
         not (engine.strict and parallel.cuts_the_model and world_size > 1),

@@ -17,6 +17,7 @@ from framework.core.records import Box, Counts, Metrics, ReadBox, Rows, Scores
 from framework.core.runtime import Runtime
 from framework.engine.balancing import Balancing
 from framework.engine.config import EngineConfig, NonFinite
+from framework.engine.dropping import Dropping
 from framework.engine.flops import Work, training_work
 from framework.engine.holdings import Holdings, Stage
 from framework.engine.micro_batches import without_empty
@@ -56,21 +57,22 @@ def build_torch_engine(
     temperature: float = 1.0,
     frozen: frozenset[str] = frozenset(),
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> "TorchEngine":
     """Build, lay out, and fill from `weights` part by part: no rank ever holds the whole model. Collective.
 
     `micro_size`: rows per forward (pairs count once). `optim` None: an engine that only infers. `temperature` divides
     the logits of every log-prob. `frozen`: logical names of parameters that do not learn; `lora`: the
-    adapter that does.
+    adapter that does; `seed`: of its dropout.
     """
-    check(model, parallel, config, runtime.world_size)
+    check(model, parallel, config, runtime.world_size, lora)
     mesh = build_mesh(parallel, runtime)
 
     def build() -> Scorer:
         with torch.device("meta"):
             scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
         if lora is not None:
-            attach(scorer.model, lora)
+            attach(scorer.model, lora, seed)
         scorer.to(MASTER[config.precision]).requires_grad_(optim is not None)
         for name, parameter in scorer.model.named_parameters():  # a classifier has no language head to freeze
             if name in frozen:
@@ -113,7 +115,8 @@ class TorchEngine:
         balance = None
         if self.scorers[0].model.config.moe.balance:
             balance = Balancing([scorer.model for scorer in self.scorers], mesh.ranks("pipeline"), device)
-        self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device, balance)
+        dropping = Dropping.of(self.scorers, micro_size, device)
+        self._passes = Passes(self._carrier(stages, parallel), ranks, micro_size, device, balance, dropping)
         self.holdings = Holdings(stages, shapes, mesh)
         self.optimizer = None
         if optim is not None:
@@ -141,7 +144,7 @@ class TorchEngine:
         scorer = self.scorers[0]
         self._work += training_work(scorer.model.config, without_empty(rows), scorer.scores_labels, self._frozen)
         self._train(True)
-        return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}")
+        return self._passes.run(rows, loss_fn, counts, True, f"step {self.step_count}", self.step_count)
 
     def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:
         """See `protocol.Engine`."""

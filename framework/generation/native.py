@@ -16,7 +16,7 @@ from framework.core.errors import UsageError, nearest
 from framework.core.records import PromptBatch, Rollout
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.decoding import Board, Decoding
-from framework.models.config import Architecture, ModelConfig
+from framework.models.config import Architecture, ModelConfig, Position
 from framework.models.transformer import Transformer
 
 
@@ -37,8 +37,10 @@ class NativeGenerator:
     ):
         """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten."""
         require(
-            config.architecture in (Architecture.CAUSAL, Architecture.PREFIX),
-            f"a model of architecture={config.architecture} writes no text here: only causal and prefix models do",
+            config.architecture in (Architecture.CAUSAL, Architecture.PREFIX)
+            and config.position is not Position.ROTARY_2D,
+            f"a model of architecture={config.architecture}, position={config.position} writes no text here: only "
+            "causal and prefix models with one kind of positions do",
         )
         require(generation.slots >= 1, f"generation.slots={generation.slots} must be at least 1")
         self.config = config

@@ -36,13 +36,13 @@ class Context:
 class AttentionCore(nn.Module):
     """softmax(q k^T / sqrt(H)) v. Without parameters, so that a plan can put a ring or an exchange of heads here."""
 
-    def __init__(self, strict: bool):
+    def __init__(self, strict: bool, cap: float = 0.0):
         super().__init__()
-        self.strict = strict
+        self.strict, self.cap = strict, cap
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """q[B,T,N,H], k and v[B,S,K,H], mask[B|1,1|N,T,S] -> [B,T,N,H]."""
-        return attention(q, k, v, mask=mask, causal=causal, strict=self.strict)
+        return attention(q, k, v, mask=mask, causal=causal, cap=self.cap, strict=self.strict)
 
 
 class Attention(nn.Module):
@@ -58,10 +58,11 @@ class Attention(nn.Module):
         self.o = Linear(queries, hidden, config.attention_bias is Bias.ALL, strict)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
-        self.core = AttentionCore(strict)
+        self.core = AttentionCore(strict, config.score_cap)
         self.head_size = config.head_size
         self.unscaled = not config.scaled_scores
         self.interleaved = config.rope_interleaved
+        self.rotary_parts = config.rotary_parts
         self.windowed = config.windowed(index)
         self.index = index
 
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         """x[B,T,D] -> [B,T,D]."""
         q, k, v = self._projected(x, x)
         if context.rotary is not None:
-            q, k = (turn(x, context.rotary, self.interleaved) for x in (q, k))
+            q, k = (turn(x, context.rotary, self.interleaved, self.rotary_parts) for x in (q, k))
         if context.cache is not None:
             k, v = context.cache.extend(self.index, k, v, context.positions, context.keys)
         view = context.near if self.windowed else context.whole

@@ -1,6 +1,6 @@
 """The architecture as data: every axis on which the families of the field differ, one field each.
 
-Left out: capped scores.
+Left out: capped logits, dropout.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,8 @@ class Position(Choice):
     """How a token knows its place."""
 
     ROTARY = "rotary"  # q and k turned by angles that grow with the position (Su et al. 2021)
+    ROTARY_2D = "rotary_2d"  # one half of each head by the place in the text, the other by that in a hidden span (GLM)
+    SINUSOIDAL = "sinusoidal"  # sin and cos of position / 10000^(2i/D), added to the embedding (Vaswani et al. 2017)
     LEARNED = "learned"  # a vector a position, added to the embedding (Radford et al. 2018)
     ALIBI = "alibi"  # -slope of the head x distance, added to the scores (Press et al. 2022)
     RELATIVE = "relative"  # a learned number a head and bucket of distances, added to the scores (Raffel et al. 2020)
@@ -81,6 +83,7 @@ class NormPlace(Choice):
     PRE = "pre"  # x + f(norm(x)), and once more behind the last block (Radford et al. 2019)
     POST = "post"  # norm(x + f(x)) (Vaswani et al. 2017)
     SANDWICH = "sandwich"  # x + norm(f(norm(x))), and behind the last block (Ding et al. 2021; GLM-4-0414)
+    SCALED = "scaled"  # n = norm(x), then a n + f(n), a = sqrt(2 num_layers), and behind the last block (ChatGLM-6B)
     DEEP = "deep"  # norm(a x + f(x)), a = (2 num_layers)^(1/4) (Wang et al. 2022, DeepNorm of a decoder)
 
 
@@ -167,6 +170,7 @@ class ModelConfig:
     window: int = 0  # a token sees so many, itself included (Beltagy et al. 2020; Mistral); 0 = all before it
     window_from: int = 0  # the first layer with the window
     scaled_scores: bool = True  # q k / sqrt(head_dim); false: q k (T5)
+    score_cap: float = 0.0  # scores s of attention become cap tanh(s / cap) (Gemma 2); 0 = as they are
     qk_norm: bool = False  # RMS norm of each head's q and k before they turn (Henry et al. 2020; Qwen3)
     norm: Norm = Norm.RMS
     norm_place: NormPlace = NormPlace.PRE
@@ -194,11 +198,19 @@ class ModelConfig:
             heads % kv == 0,
             f"model.num_heads={heads} is not divisible by model.num_kv_heads={kv}; choose {_divisors(heads)}",
         )
+        require(self.score_cap >= 0, f"model.score_cap={self.score_cap} must not be negative; 0 = scores as they are")
+        require(
+            self.position is not Position.ROTARY_2D
+            or (self.rope_fraction == 1 and self.architecture is Architecture.PREFIX),
+            "model.position=rotary_2d goes with model.architecture=prefix and model.rope_fraction=1, got "
+            f"{self.architecture} and {self.rope_fraction}",
+        )
         require(self.window >= 0, f"model.window={self.window} must be at least 1; 0 means that all is seen")
         self._check_sight()
         require(
-            0 < self.rope_fraction <= 1 and (self.position is not Position.ROTARY or self.turned_size % 2 == 0),
-            f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_size} must be an even number",
+            0 < self.rope_fraction <= 1 and (not self.rotary_parts or self.turned_size % 2 == 0),
+            f"model.rope_fraction={self.rope_fraction} of model.head_dim={self.head_size} must be an even number"
+            + (" in each half" if self.rotary_parts == 2 else ""),
         )
         self._check_experts()
         self._check_stacks()
@@ -276,8 +288,13 @@ class ModelConfig:
 
     @property
     def turned_size(self) -> int:
-        """How many numbers of a head rotary positions turn."""
-        return int(self.head_size * self.rope_fraction)
+        """How many numbers of a head (of each half of it, where there are two kinds) rotary positions turn."""
+        return int(self.head_size // max(self.rotary_parts, 1) * self.rope_fraction)
+
+    @property
+    def rotary_parts(self) -> int:
+        """By how many kinds of rotary positions a head turns, each its own share of it."""
+        return {Position.ROTARY: 1, Position.ROTARY_2D: 2}.get(self.position, 0)
 
     @property
     def encoder(self) -> "ModelConfig | None":
@@ -296,12 +313,13 @@ class ModelConfig:
 
     @property
     def ends_with_norm(self) -> bool:
-        return self.norm_place in (NormPlace.PRE, NormPlace.SANDWICH)
+        return self.norm_place in (NormPlace.PRE, NormPlace.SANDWICH, NormPlace.SCALED)
 
     @property
     def residual_scale(self) -> float:
-        """What the residual stream is multiplied by where a block adds to it: DeepNorm's alpha."""
-        return (2 * self.num_layers) ** 0.25 if self.norm_place is NormPlace.DEEP else 1.0
+        """What is multiplied by it where a block adds to it: DeepNorm's alpha, and ChatGLM's."""
+        powers = {NormPlace.DEEP: 0.25, NormPlace.SCALED: 0.5}
+        return (2 * self.num_layers) ** powers.get(self.norm_place, 0.0)
 
     def windowed(self, layer: int) -> bool:
         """Whether a layer sees through the window."""
@@ -321,6 +339,13 @@ class ModelConfig:
         )
 
 
+class Base(Choice):
+    """How the frozen matrices beside an adapter are held."""
+
+    FULL = "full"  # as engine.precision says
+    NF4 = "nf4"  # in 4 bits (QLoRA, Dettmers et al. 2023): refused, see LoraConfig
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter beside a frozen model (Hu et al. 2021)."""
@@ -330,10 +355,19 @@ class LoraConfig:
     rslora: bool = False  # by alpha / sqrt(rank) (Kalajdzievski 2023)
     targets: list[str] = field(default_factory=list)  # [q, k, v, o, gate, up, down]; empty = all of them
     also: list[str] = field(default_factory=list)  # parts that learn in full beside it: [embedding, head]
+    dora: bool = False  # each row of a matrix has a length that learns beside its direction (Liu et al. 2024)
+    base: Base = Base.FULL
+    dropout: float = 0.0  # the share of the adapter's inputs that training leaves out; what is frozen sees all of them
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 = no adapter")
         require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        require(
+            self.base is Base.FULL,
+            f"lora.base={self.base} (QLoRA) takes bitsandbytes and a GPU, and is not computed here; leave lora.base "
+            "out, and hold the base in 16 bits by engine.precision=bf16 under parallel=zero3",
+        )
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
 
     @property
     def scale(self) -> float:

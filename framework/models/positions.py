@@ -64,12 +64,16 @@ def _sharpness(scaling: RopeScaling) -> float:
     return scaling.sharpness or 1 + math.log(scaling.factor) / 10
 
 
-def turn(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotary embedding of the first R numbers of each head: x[B,T,N,H], tables[B|1,T,R] -> [B,T,N,H].
+def turn(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool, parts: int = 1) -> Tensor:
+    """Rotary embedding of the first R numbers of each head: x[B,T,N,H], tables[B|1,T,R] -> [B,T,N,H]. In two parts,
+    each half of a head by its own half of the tables.
 
     interleaved: numbers 2i and 2i+1 turn together. They are brought to i and i+R/2 and left there: q and k alike, so
     that their products are the same.
     """
+    if parts == 2:
+        halves = zip(x.chunk(2, -1), *(table.chunk(2, -1) for table in tables), strict=True)
+        return torch.cat([turn(half, (cos, sin), interleaved) for half, cos, sin in halves], dim=-1)
     size = tables[0].shape[-1]
     turned, rest = x[..., :size], x[..., size:]
     if interleaved:
@@ -84,6 +88,20 @@ def alibi_slopes(heads: int) -> list[float]:
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]
+
+
+class Sinusoids(nn.Module):
+    """Fixed vectors, even numbers sin(p / 10000^(2i/D)) and odd ones cos (Vaswani et al. 2017, section 3.5)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions[B|1,T] -> [B|1,T,D] in fp64: they are added to what the embedding gives, in its dtype."""
+        exponents = torch.arange(0, self.size, 2, dtype=torch.float64, device=positions.device) / self.size
+        angles = positions.unsqueeze(-1).double() * 10000.0**-exponents
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.size]
 
 
 class Alibi(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.core.records import Metrics, Rows, Scores, TokenBatch
-from framework.models.config import Architecture
+from framework.models.config import Architecture, Position
 from framework.models.heads import LogProbs, Pooler
 from framework.models.layers import Linear
 from framework.models.sequence import WholeRows
@@ -32,6 +32,7 @@ class Scorer(nn.Module):
         self.log_probs = LogProbs(temperature)
         self.value_head = Linear(size, 1, False, strict) if value_head else None
         self.encodes = model.config.architecture is Architecture.ENCODER
+        self.reads_spans = model.config.position is Position.ROTARY_2D
         self.reads_prefixes = model.config.architecture is Architecture.PREFIX
         self.pooler = Pooler(size, size, True, strict) if num_classes and self.encodes else None
         self.class_head = Linear(size, num_classes, self.encodes, strict) if num_classes else None
@@ -57,6 +58,7 @@ class Scorer(nn.Module):
             positions=inputs.positions,
             document_ids=None if alone else inputs.document_ids,
             prefix_lengths=inputs.prefix_lengths if self.reads_prefixes else None,
+            span_positions=inputs.span_positions if self.reads_spans else None,
             token_types=inputs.token_types,
             encoder_tokens=None if source is None else source.tokens,
             encoder_document_ids=None if source is None else source.document_ids,

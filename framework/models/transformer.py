@@ -20,7 +20,7 @@ from framework.models.kv_cache import CacheView
 from framework.models.layers import MLP, Linear, build_norm, strict_linear
 from framework.models.mask import DocumentMask, View, between, cache_mask, near, triangle, with_prefix, within
 from framework.models.moe import Balance, Mixture
-from framework.models.positions import Alibi, RelativeBias, rotary_tables
+from framework.models.positions import Alibi, RelativeBias, Sinusoids, rotary_tables
 
 HEAD_PARTS = ("head_transform", "head", "head_bias")
 
@@ -40,10 +40,15 @@ class Layer(nn.Module):
         self.mlp = Mixture(config, strict) if config.moe.at(index) else MLP(config, strict)
         self.mlp_out_norm = build_norm(config) if sandwich else None
         self.norms_first = config.ends_with_norm
+        self.norms_scaled = config.norm_place is NormPlace.SCALED
         self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
+        if self.norms_scaled:
+            normed = self.attention_norm(x)
+            normed = self.mlp_norm(self.residual_scale * normed + self.attention(normed, context))
+            return self.residual_scale * normed + self._fed(normed, context)
         if self.norms_first:
             x = x + _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
             if self.cross is not None:
@@ -75,9 +80,8 @@ class Transformer(nn.Module):
         self.config = config
         self.strict = strict
         self._encodes = config.architecture is Architecture.ENCODER
-        learned = config.position is Position.LEARNED
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.position_embedding = _position_embedding(config)
         self.type_embedding = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
         self.mask = DocumentMask()
@@ -100,6 +104,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         token_types: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
+        span_positions: Tensor | None = None,
         encoder_tokens: Tensor | None = None,
         encoder_document_ids: Tensor | None = None,
         cache: CacheView | None = None,
@@ -109,25 +114,30 @@ class Transformer(nn.Module):
 
         positions[B|1,T] default to 0..T-1; packed rows restart them per document. document_ids[B,T]: attention stays
         within equal ids, 0 is padding; None means that each row is one document, for a decoder padded on the right if
-        at all, which is faster. prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see.
+        at all, which is faster. prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see;
+        what stands in a span, span_positions[B,T] > 0 (from 1 on; 0 in the text around), is none of it.
         token_types[B,T] default to 0. encoder_tokens[B,S] is what an encoder reads, or states[B,S,D] that `encode` has
         made of it; of encoder_document_ids[B,S] a token sees those equal to its own, or all but 0. With `cache`, rows
         are the view's slots, and positions say where in them the tokens stand. real[B,T]: False at padding, for the
         balance of experts alone.
         """
         self._refuse_unread(
-            token_types=token_types, prefix_lengths=prefix_lengths, encoder_tokens=encoder_tokens, cache=cache
+            token_types=token_types,
+            prefix_lengths=prefix_lengths,
+            span_positions=span_positions,
+            encoder_tokens=encoder_tokens,
+            cache=cache,
         )
         source = self._source(encoder_tokens, encoder_document_ids)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = tokens if self.embedding is None else self.embedding(tokens)
         if self.position_embedding is not None:
-            hidden = hidden + self.position_embedding(positions)
+            hidden = hidden + self.position_embedding(positions).to(hidden.dtype)
         if self.type_embedding is not None:
             hidden = hidden + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         hidden = _normed(hidden, self.embedding_norm)
-        context = self._context(hidden, positions, document_ids, prefix_lengths, cache)
+        context = self._context(hidden, positions, document_ids, prefix_lengths, span_positions, cache)
         across = None if source is None else _across(document_ids, encoder_document_ids)
         context = replace(context, real=real, source=source, across=across)
         for layer in self.layers.values():
@@ -191,11 +201,10 @@ class Transformer(nn.Module):
         positions: Tensor,
         document_ids: Tensor | None,
         prefix_lengths: Tensor | None,
+        span_positions: Tensor | None,
         cache: CacheView | None,
     ) -> Context:
-        tables = None
-        if self.config.position is Position.ROTARY:
-            tables = rotary_tables(positions, self.config, hidden.dtype)
+        tables = self._tables(positions, span_positions, hidden.dtype)
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
         # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
         standing = places if document_ids is None else positions
@@ -206,14 +215,31 @@ class Transformer(nn.Module):
             mask, standing = cache_mask(positions, keys), torch.arange(keys, device=positions.device).unsqueeze(0)
         if prefix_lengths is not None:
             first = standing < prefix_lengths.view(hidden.shape[0], -1)
+            if span_positions is not None:
+                first = first & (span_positions == 0)
             mask = with_prefix(triangle(keys, places.device) if mask is None else mask, first, document_ids)
         whole = self._view(mask, places, keys, 0, hidden.dtype)
         window = self.config.window
         close = self._view(mask, places, keys, window, hidden.dtype) if window else whole
         return Context(positions, tables, whole, close, cache, keys)
 
+    def _tables(
+        self, positions: Tensor, span_positions: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines, [B|1,T,R] each; of two kinds of positions one behind the other."""
+        if not self.config.rotary_parts:
+            return None
+        cos, sin = rotary_tables(positions, self.config, dtype)
+        if self.config.rotary_parts == 1:
+            return cos, sin
+        inner = torch.zeros_like(positions) if span_positions is None else span_positions
+        also = rotary_tables(inner, self.config, dtype)
+        return torch.cat((cos, also[0]), -1), torch.cat((sin, also[1]), -1)
+
     def _refuse_unread(self, **inputs: object) -> None:
         reads = {"token_types": self.config.token_types > 0, "cache": not self._encodes}
+        reads["cache"] &= self.config.position is not Position.ROTARY_2D  # its positions are no places of a slot
+        reads["span_positions"] = self.config.position is Position.ROTARY_2D
         reads["encoder_tokens"] = self.encoder is not None
         reads["prefix_lengths"] = self.config.architecture is Architecture.PREFIX
         for name, value in inputs.items():
@@ -235,6 +261,13 @@ class Transformer(nn.Module):
         if narrow:
             mask = near(mask, places, window)
         return View(mask if bias is None else bias(mask, places, dtype), causal=False)
+
+
+def _position_embedding(config: ModelConfig) -> nn.Module | None:
+    if config.position is Position.SINUSOIDAL:
+        return Sinusoids(config.hidden_size)
+    learned = config.position is Position.LEARNED
+    return nn.Embedding(config.max_positions, config.hidden_size) if learned else None
 
 
 def _across(document_ids: Tensor | None, encoder_document_ids: Tensor | None) -> View:

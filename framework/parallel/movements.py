@@ -34,6 +34,12 @@ def sum_over(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 @_outside
+def constant_sum(x: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of every rank's x, which counts as a constant: no gradient."""
+    return ranks.sum(x.detach(), "a constant")
+
+
+@_outside
 def gather_alike(x: Tensor, ranks: Ranks) -> Tensor:
     """x[B,t,...] of each rank -> [B,T,...], for something that every rank does alike: its gradient is what stands at
     its own places, nothing is added up."""

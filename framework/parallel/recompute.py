@@ -25,7 +25,8 @@ _KEPT = {
 
 
 def recompute(block: nn.Module, how: Recompute) -> None:
-    """Let backward compute `block` again, in place. Nothing in a block draws random numbers, so none are restored."""
+    """Let backward compute `block` again, in place. What a block draws is a function of counters that stand still until
+    backward is done, so no generator is restored."""
     if how is Recompute.NONE:
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}

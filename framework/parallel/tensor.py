@@ -7,6 +7,7 @@ be even. Left out: which module gets which style (the plan, beside the model's n
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from framework.core.records import whole
 from framework.parallel.collectives import Ranks
-from framework.parallel.movements import gather_alike, gather_places, scatter_places, sum_over
+from framework.parallel.movements import constant_sum, gather_alike, gather_places, scatter_places, sum_over
 from framework.parallel.shard import Part
 
 Parts = dict[str, Part]  # by the name of a parameter within its module
@@ -36,7 +37,7 @@ def span(size: int, ranks: Ranks) -> tuple[int, int]:
 def columns(module: nn.Module, ranks: Ranks) -> Parts:
     """A linear map whose outputs are shared out: all of [B,T,D] in, this rank's columns out. Of an adapter, each rank
     has the way down whole and its columns of the way up."""
-    parts = _cut(module, ranks, {"weight": 0, "bias": 0, "lora_b": 0})
+    parts = _cut(module, ranks, {"weight": 0, "bias": 0, "lora_b": 0, "lora_m": 0})
     return parts if not _has(module, "lora_a") else parts | {"lora_a": _partial(module, "lora_a", ranks)}
 
 
@@ -52,7 +53,9 @@ def rows(module: nn.Module, ranks: Ranks) -> Parts:
         return y if module.bias is None else y + module.bias
 
     _exchange_forward(module, forward)
-    return parts | {name: _partial(module, name, ranks) for name in ("bias", "lora_b") if _has(module, name)}
+    if _has(module, "lora_m"):
+        setattr(module, "over_inputs", partial(constant_sum, ranks=ranks))  # noqa: B010
+    return parts | {name: _partial(module, name, ranks) for name in ("bias", "lora_b", "lora_m") if _has(module, name)}
 
 
 def summand_rows(module: nn.Module, ranks: Ranks) -> Parts:

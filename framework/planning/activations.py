@@ -21,7 +21,7 @@ balance of experts (p E w).
 
 from dataclasses import dataclass
 
-from framework.models.config import Activation, ModelConfig, Norm, Position
+from framework.models.config import Activation, ModelConfig, Norm
 from framework.parallel.config import Recompute
 
 CHUNK_LOGITS = 1 << 25  # as cuda_ext.linear_log_probs and parallel.tensor: logits held at once
@@ -73,7 +73,7 @@ def block_kept(model: ModelConfig, load: Load, recompute: Recompute, layer: int 
 
 def shared_kept(model: ModelConfig, load: Load, recompute: Recompute) -> int:
     """Bytes that all blocks keep together: the tables of rotary positions, and the mask, to compute blocks again."""
-    tables = 2 * load.places * model.head_size * load.wide if model.position is Position.ROTARY else 0
+    tables = 2 * load.places * model.head_size * load.wide if model.rotary_parts else 0
     return tables + (0 if recompute is Recompute.NONE else _mask(load) // load.compute)
 
 

@@ -119,13 +119,13 @@ def _heads(model: ModelConfig) -> str:
 
 def _positions(model: ModelConfig) -> str:
     if model.position is not Position.ROTARY:
-        return str(model.position)
+        return str(model.position).replace("_", " ")
     part = f", {model.rope_fraction:g} of a head" if model.rope_fraction < 1 else ""
     return f"rotary{part}{', interleaved' if model.rope_interleaved else ''}"
 
 
 def _theta(model: ModelConfig) -> str:
-    return f"{model.rope_theta:,.10g}" if model.position is Position.ROTARY else "-"
+    return f"{model.rope_theta:,.10g}" if model.rotary_parts else "-"
 
 
 def _scaling(model: ModelConfig) -> str:

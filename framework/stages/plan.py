@@ -95,7 +95,7 @@ def _memory_lines(config: RunConfig) -> list[str]:
 
     ranks = _ranks(config)
     try:
-        check(model, config.parallel, config.engine, ranks)
+        check(model, config.parallel, config.engine, ranks, config.lora)
         memory = fullest(model, _load(config, ranks), config.parallel, ranks, _NUMBERS[config.engine.precision])
         learning, everything = num_learning(config, model)
         memory = memory.learning(learning / everything)

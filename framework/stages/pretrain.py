@@ -5,10 +5,11 @@ from torch import Tensor
 from framework.core.config import require
 from framework.core.records import Counts, Metrics, Rows
 from framework.data.config import Objective
-from framework.data.denoising import Marks, Shape, shaped_by
+from framework.data.denoising import Shape, shaped_by
 from framework.data.loader import RowSource
 from framework.data.pretrain import open_rows
-from framework.models.config import Architecture
+from framework.data.spans import Marks
+from framework.models.config import Architecture, ModelConfig, Position
 from framework.objectives.language import next_token_loss
 from framework.stages.baselines import bigram_nats
 from framework.stages.config import PretrainRun
@@ -24,11 +25,11 @@ def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Co
 
 token_loss.pointwise = True  # type: ignore[attr-defined]
 
-SUITS = {
-    Architecture.CAUSAL: Objective.CAUSAL,
-    Architecture.PREFIX: Objective.PREFIX,
-    Architecture.ENCODER: Objective.MASKED,
-    Architecture.ENCODER_DECODER: Objective.SPANS,
+_SUITS = {
+    Architecture.CAUSAL: [Objective.CAUSAL],
+    Architecture.PREFIX: [Objective.PREFIX],
+    Architecture.ENCODER: [Objective.MASKED],
+    Architecture.ENCODER_DECODER: [Objective.SPANS],
 }
 
 
@@ -55,19 +56,24 @@ def run(config: PretrainRun) -> Run:
         return job.finish(figures)
 
 
+def suited(model: ModelConfig) -> list[Objective]:
+    """What a model can learn from plain text, the usual one first."""
+    return [Objective.BLANKS] if model.position is Position.ROTARY_2D else _SUITS[model.architecture]
+
+
 def language_of(config: PretrainRun, start: Start) -> tuple[Objective, Shape]:
     """The objective of the recipe, and what makes its rows; UsageError where the model or the tokenizer is not fit."""
-    suits = SUITS[start.model.architecture]
-    objective = suits if config.language.objective is Objective.AUTO else config.language.objective
+    suits = suited(start.model)
+    objective = suits[0] if config.language.objective is Objective.AUTO else config.language.objective
     require(
-        objective is suits,
+        objective in suits,
         f"language.objective={objective} does not go with model.architecture={start.model.architecture}, which learns "
-        f"by {suits}; leave language.objective out, or choose another model.architecture",
+        f"by {' or '.join(map(str, suits))}; leave language.objective out, or choose another model.architecture",
     )
     mask_id = start.tokenizer.mask_id
     require(
-        objective is not Objective.MASKED or mask_id is not None,
-        "language.objective=masked needs a tokenizer with a mask token: train one with "
+        objective not in (Objective.MASKED, Objective.BLANKS) or mask_id is not None,
+        f"language.objective={objective} needs a tokenizer with a mask token: train one with "
         "tokenizer.mask=true, or take one that has it (BERT's)",
     )
     require(

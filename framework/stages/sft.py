@@ -14,7 +14,7 @@ from framework.data.denoising import Marks, shaped_by, with_prompts
 from framework.data.sft import open_rows
 from framework.stages.config import SftRun
 from framework.stages.job import Job, Run, located, open_job
-from framework.stages.pretrain import SUITS, token_loss
+from framework.stages.pretrain import suited, token_loss
 from framework.stages.samples import run_tasks
 from framework.stages.training import Mixed, Start, fit, open_both, open_start
 
@@ -58,5 +58,5 @@ def mixed(job: Job, config: SftRun, start: Start) -> Mixed | None:
     job.say(f"beside them {len(rows):,} rows of text, {rows.num_tokens:,} tokens, {size} a step x {mix.coefficient:g}")
     loss: Any = partial(text_loss, coefficient=mix.coefficient)
     loss.pointwise = True
-    shape = shaped_by(LanguageConfig(), SUITS[start.model.architecture], Marks.of(start.tokenizer), config.seed)
+    shape = shaped_by(LanguageConfig(), suited(start.model)[0], Marks.of(start.tokenizer), config.seed)
     return Mixed(rows, size, loss, shape)

@@ -109,7 +109,7 @@ def open_start(config: TrainingRun, world_size: int) -> Start:
         f"{config.stage} does not train a model of architecture={model.architecture}; it takes one of "
         f"{', '.join(map(str, _TRAINS[config.stage]))}",
     )
-    check(start.model, config.parallel, config.engine, world_size)
+    check(start.model, config.parallel, config.engine, world_size, config.lora)
     if config.lora.rank:
         start = replace(start, weights=with_fresh(start.weights, model, config.lora, config.seed), lora=config.lora)
     return replace(start, frozen=frozen_of(config, model))
@@ -197,6 +197,7 @@ def fit(
             num_classes=num_classes,
             frozen=start.frozen,
             lora=start.lora,
+            seed=config.seed,
         )
 
     def loader(source: RowSource, size: int = config.batch.size, shape: Any = shape) -> Loader:
@@ -256,7 +257,7 @@ def export(
     if start.lora is not None:
         learned = parameter_shapes(start.model).keys() - start.frozen | head_shapes(start.model, 1).keys()
         weights = _noting(weights, learned, whole)
-        weights = merged(weights, targets(start.model, start.lora), start.lora.scale, low_rank)
+        weights = merged(weights, targets(start.model, start.lora), start.lora, low_rank)
     save_weights(start.model, weights, folder, classes=num_classes, extra=extra)
     start.tokenizer.save(str(folder))
     if start.lora is not None:

@@ -1,6 +1,9 @@
-"""`framework tokenizer compare FOLDER... --file FILE`: how several tokenizers spell one text, a row each."""
+"""`framework tokenizer compare FOLDER... --file FILE`: how several tokenizers spell one text, a row each; and how many
+characters a second a model would write with each of them.
+"""
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from rich.table import Table
 
 from framework.core.config import find_file
 from framework.data.sources import Source, open_sources, read_located
+from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.stages.data import text_of
 from framework.stages.words import Words
 from framework.tokenization.compare import Spelling, Tally
@@ -26,6 +30,7 @@ _COLUMNS = (
     "round-trip failures",
 )
 _BATCH = 256  # lines encoded at once
+_TIMED = 64  # tokens
 
 
 def compare(words: list[str]) -> int:
@@ -33,6 +38,7 @@ def compare(words: list[str]) -> int:
     parser = Words("framework tokenizer compare", description="how tokenizers spell a text, a row each")
     parser.add_argument("folder", nargs="+", help="Hugging Face folders with a tokenizer.json: models', tokenizers'")
     parser.add_argument("--file", required=True, help="the text: .txt, .jsonl, .json or .parquet, in UTF-8")
+    parser.add_argument("--model", default="", help="a folder: also the characters a second that it would write")
     chosen = parser.parse_args(words)
     spellings = [Spelling(read_backend(_model(folder))) for folder in chosen.folder]
     path = find_file(chosen.file)
@@ -48,7 +54,29 @@ def compare(words: list[str]) -> int:
     console().print(table)
     first = spellings[0].tally
     print(f"{chosen.file}: {first.lines:,} lines, {first.characters:,} characters, {first.chinese:,} of them Chinese")
+    if chosen.model:
+        speed = _tokens_a_second(chosen.model)
+        print(f"{chosen.model} writes {speed:,.1f} tokens a second here, one answer at a time; in characters:")
+        for folder, spelling in zip(chosen.folder, spellings, strict=True):
+            print(f"  {speed * spelling.tally.characters / max(1, spelling.tally.tokens):,.1f} a second with {folder}")
     return 0
+
+
+def _tokens_a_second(folder: str) -> float:
+    """Of a model's answers to nothing, drawn until there are enough of them; the first tokens are not timed."""
+    from framework.generation.text import load_generator  # torch
+
+    generator, tokenizer = load_generator(folder, GenerationConfig(slots=1))
+    sampling = SamplingConfig(max_tokens=min(_TIMED, generator.config.max_positions - 1))
+    drawn, seconds, answers = 0, 0.0, itertools.count()
+    while drawn < _TIMED:
+        tokens = generator.stream([tokenizer.end_id], sampling, seed=next(answers))
+        next(tokens, None)
+        began = time.perf_counter()
+        told = sum(1 for _ in tokens)
+        drawn += max(1, min(told + 1, sampling.max_tokens - 1))  # an end token is drawn and not told
+        seconds += time.perf_counter() - began
+    return drawn / seconds
 
 
 def _model(folder: str) -> str:

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import adapting, contest, layouts, memory, model, preparation, saving, sft, startup, step
+from framework.tokenization.config import TokenizerKind
+from tests.benchmarks import (
+    adapting,
+    contest,
+    layouts,
+    memory,
+    model,
+    preparation,
+    saving,
+    sft,
+    startup,
+    step,
+    tokenizer,
+)
 from tests.benchmarks.contest import Lap, Laps, Pledge, Run
 from tests.benchmarks.material import long_conversations, write_records
 
@@ -66,6 +79,14 @@ def test_both_ways_to_prepare_make_the_same_tokens(task: sft.Task, kind: str) ->
     lines = run_once(preparation.contestants(preparation.Task(task.model, file, kind, 1, 1024)), task.place)
     assert len({line.lap for line in lines}) == 1
     assert lines[0].lap[1] > 3000
+
+
+@pytest.mark.parametrize("kind", [TokenizerKind.BPE, TokenizerKind.WORDPIECE, TokenizerKind.UNIGRAM])
+def test_tokenizers_learn_the_same_text(tmp_path: Path, kind: TokenizerKind) -> None:
+    place = tokenizer.Task(tmp_path / "text.txt", vocabulary=5000)
+    tokenizer.write_text(place.file, kilobytes=30)
+    lines = run_once(tokenizer.contestants(place, kind), tmp_path)
+    assert {line.lap for line in lines} == {(place.file.stat().st_size // 1000, 0)}
 
 
 def test_checkpoints_and_torch_s_files_hold_the_same_bytes(tmp_path: Path) -> None:

@@ -45,6 +45,30 @@ def test_equals_torch_with_repeated_heads_and_its_gradients(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_capped_scores_are_those_of_gemma_2(strict: bool) -> None:
+    """Against transformers' own eager attention; and a score of 3 capped at 2 by hand."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    class Module(torch.nn.Module):
+        num_key_value_groups = 2
+
+    q, k, v = draw(2, 5, 5, 4, 2, 8, dtype=torch.float32)
+    q = 3 * q
+    seen = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
+    added = torch.zeros(2, 1, 5, 5).masked_fill(~seen, float("-inf"))
+    theirs, _ = eager_attention_forward(
+        Module(), *(x.transpose(1, 2) for x in (q, k, v)), added, scaling=8**-0.5, softcap=2.0
+    )
+    ours = attention(q, k, v, causal=True, cap=2.0, strict=strict)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (ours - attention(q, k, v, causal=True, strict=strict)).abs().max() > 0.05
+    one = torch.ones(1, 1, 1, 1)
+    two = torch.tensor([[[[3.0]], [[0.0]]]])
+    mixed = attention(one, two, torch.tensor([[[[1.0]], [[0.0]]]]), cap=2.0, scale=1.0)
+    assert float(mixed) == pytest.approx(1 / (1 + math.exp(-2 * math.tanh(1.5))))
+
+
 def test_reference_equals_a_loop_over_queries() -> None:
     q, k, v = draw(2, 4, 7, 2, 1, 3, dtype=torch.float64)
     mask = torch.rand(2, 1, 4, 7) < 0.7

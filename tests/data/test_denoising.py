@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from framework.core.errors import UsageError
 from framework.core.records import TokenBatch
 from framework.data.config import LanguageConfig, Objective
-from framework.data.denoising import Marks, masked, shaped_by, with_prompts, with_random_prefixes, without_spans
+from framework.data.denoising import masked, shaped_by, with_prompts, with_random_prefixes
+from framework.data.spans import Marks, with_blanks, without_spans
 
 MASK, VOCABULARY = 36, 37
 MARKS = Marks(VOCABULARY, end_id=1, start_id=0, mask_id=MASK, sentinel_ids=(35, 34, 33))
@@ -91,7 +92,7 @@ def test_prefixes_are_uniform_over_a_document() -> None:
     assert (counts[1:] - 500).abs().max() < 5 * (500 * 7 / 8) ** 0.5
 
 
-@pytest.mark.parametrize("objective", [Objective.MASKED, Objective.PREFIX, Objective.SPANS])
+@pytest.mark.parametrize("objective", [Objective.MASKED, Objective.PREFIX, Objective.SPANS, Objective.BLANKS])
 def test_a_row_is_a_function_of_its_place_alone(objective: Objective) -> None:
     """However the rows are batched; other places and other seeds hide other tokens."""
     rows, shape = many(12), shaped_by(LanguageConfig(), objective, MARKS, 0)
@@ -111,9 +112,8 @@ def test_spans_by_hand() -> None:
     smaller of two; read 7 = 2 + 5, for of six draws the second is the least."""
     text = torch.arange(11, 21).unsqueeze(0)
     rows = TokenBatch(text, text, torch.ones(1, 10).bool(), torch.arange(10).unsqueeze(0), torch.ones_like(text))
-    of_hidden = torch.tensor([[0.9, 0.1, *[0.5] * 8]])
-    of_read = torch.tensor([[0.9, 0.1, *[0.5] * 8]])
-    got = without_spans(rows, of_hidden, of_read, LanguageConfig(share=0.3, span=1.5), MARKS)
+    draws = torch.tensor([[[0.9, 0.1, *[0.5] * 8]]] * 3)
+    got = without_spans(rows, draws, LanguageConfig(share=0.3, span=1.5), MARKS)
     assert got.source is not None
     assert got.source.tokens.tolist() == [[11, 12, 35, 15, 16, 17, 18, 19, 34, 1, 0, 0, 0, 0, 0, 0]]
     assert got.source.document_ids.tolist() == [[1] * 10 + [0] * 6]
@@ -122,6 +122,54 @@ def test_spans_by_hand() -> None:
     assert got.tokens.tolist() == [[0, 35, 13, 14, 34, 20, 0, 0]]
     assert got.loss_mask.int().tolist() == [[1] * 6 + [0] * 2]
     assert got.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 0]]
+
+
+def test_blanks_by_hand() -> None:
+    """ "a b c d e f" with c and e f hidden, the second one first: the example of the docstring."""
+    text = torch.tensor([[11, 12, 13, 14, 15, 16]])
+    rows = TokenBatch(text, text, torch.ones(1, 6).bool(), torch.arange(6).unsqueeze(0), torch.ones_like(text))
+    # three hidden in two spans, 1 + 2; three read and none behind them, of 4 = 2 + 1 + 1 in three parts
+    draws = torch.tensor([[[0.1, 0.9, *[0.5] * 4]], [[0.9, 0.1, 0.2, *[0.5] * 3]], [[0.9, 0.1, *[0.5] * 4]]])
+    got = with_blanks(rows, draws, LanguageConfig(share=0.5, span=1.5), MARKS)
+    m, start, end = MASK, MARKS.start_id, MARKS.end_id
+    assert got.tokens[0, :10].tolist() == [11, 12, m, 14, m, start, 15, 16, start, 13]
+    assert got.labels[0, 5:10].tolist() == [15, 16, end, 13, end]
+    assert got.loss_mask[0, :10].tolist() == [False] * 5 + [True] * 5
+    assert got.positions[0, :10].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 2, 2]
+    assert got.span_positions is not None
+    assert got.span_positions[0, :10].tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 1, 2]
+    assert got.prefix_lengths is not None
+    assert got.prefix_lengths[0, :10].tolist() == [5] * 10
+    assert not got.document_ids[0, 10:].any()
+
+
+def filled_in(got: TokenBatch, mine: torch.Tensor) -> list[int]:
+    """The text of a document whose blanks its spans fill."""
+    assert got.span_positions is not None
+    spans: dict[int, list[int]] = {}
+    for place, inner, label in zip(*(x[mine].tolist() for x in (got.positions, got.span_positions, got.labels))):
+        if inner and label != MARKS.end_id:
+            spans.setdefault(place, []).append(label)
+    read = got.tokens[mine & (got.span_positions == 0)].tolist()
+    return [x for place, token in enumerate(read) for x in (spans[place] if token == MASK else [token])]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 20), min_size=1, max_size=4), st.floats(0.05, 0.9), st.floats(1, 6), st.integers(0, 99))
+def test_filled_blanks_are_the_text(sizes: list[int], share: float, span: float, place: int) -> None:
+    ids = torch.tensor([[n for n, size in enumerate(sizes, 1) for _ in range(size)] + [0, 0]])
+    places = torch.tensor([[p for size in sizes for p in range(size)] + [0, 0]])
+    text = torch.randint(2, 30, ids.shape) * (ids > 0)
+    rows = TokenBatch(text, text, ids > 0, places, ids)
+    got = shaped_by(LanguageConfig(share=share, span=span), Objective.BLANKS, MARKS, 0)(rows, np.array([place]))
+    assert got.span_positions is not None
+    assert torch.equal(got.loss_mask, got.span_positions > 0)
+    for number, size in enumerate(sizes, 1):
+        mine = got.document_ids == number
+        assert filled_in(got, mine) == text[ids == number].tolist()
+        hidden = int((got.loss_mask & mine & (got.labels != MARKS.end_id)).sum())
+        assert hidden == min(max(round(size * share), 1), size - 1)
+        assert got.positions[mine].max() < got.prefix_lengths[mine].max()  # type: ignore[index]
 
 
 def put_together(read: list[int], written: list[int]) -> list[int]:

@@ -12,7 +12,9 @@ import torch
 from framework.core.errors import UsageError
 from framework.core.records import Rows, TokenBatch
 from framework.core.runtime import Runtime
+from framework.data.config import LanguageConfig
 from framework.data.denoising import with_random_prefixes
+from framework.data.spans import Marks, with_blanks
 from framework.engine.config import EngineConfig, Precision
 from framework.engine.metrics import means
 from framework.engine.plan import check
@@ -67,6 +69,14 @@ MODELS = {
         Architecture.ENCODER, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, head_transform=True,
         activation=Activation.GELU,
     ),
+    "chatglm's kind": ModelConfig(
+        Architecture.PREFIX, vocab_size=37, hidden_size=24, num_layers=3, num_heads=2, position=Position.ROTARY_2D,
+        norm=Norm.LAYER, norm_place=NormPlace.SCALED, activation=Activation.GELU_TANH, attention_bias=Bias.ALL,
+    ),
+    "sinusoidal, capped scores": ModelConfig(
+        vocab_size=37, hidden_size=20, num_layers=3, num_heads=4, head_dim=6, position=Position.SINUSOIDAL,
+        score_cap=1.0,
+    ),
     "t5's kind": ModelConfig(
         Architecture.ENCODER_DECODER, vocab_size=37, hidden_size=20, num_layers=2, encoder_layers=3, num_heads=4,
         head_dim=6, position=Position.RELATIVE, relative_buckets=8, relative_distance=12, scaled_scores=False,
@@ -80,7 +90,15 @@ MODELS = {
         ),
     ),
 }  # fmt: skip
-_BLIND = ("bloom's kind", "glm's and qwen's", "bert's kind", "glm's kind of prefix", "t5's kind")
+_BLIND = (
+    "bloom's kind",
+    "glm's and qwen's",
+    "bert's kind",
+    "glm's kind of prefix",
+    "t5's kind",
+    "chatglm's kind",
+    "sinusoidal, capped scores",
+)
 LAYOUTS = [
     Layout(2, ParallelConfig("tensor 2", tensor=2)),
     Layout(4, ParallelConfig("shard 2, tensor 2", shard=2, tensor=2)),
@@ -92,7 +110,9 @@ LAYOUTS = [
 def course(runtime: Runtime, layout: Layout, name: str) -> Course:
     """With the balance of its experts, where it has some, after the losses."""
     model, update = MODELS[name], UPDATES["reward model" if "classes" in name else PRETRAINING]
-    if model.architecture is Architecture.PREFIX:
+    if model.position is Position.ROTARY_2D:
+        update = replace(update, rows=lambda step: blanked(UPDATES[PRETRAINING].rows(step), step))
+    elif model.architecture is Architecture.PREFIX:
         update = replace(update, rows=lambda step: half_seen(UPDATES[PRETRAINING].rows(step)))
     if model.encoder:
         update = replace(update, rows=lambda step: reading(UPDATES[PRETRAINING].rows(step)))
@@ -115,6 +135,13 @@ def reading(rows: Rows) -> Rows:
     assert isinstance(rows, TokenBatch)
     source = replace(rows, tokens=(rows.tokens + 5) % 37, loss_mask=torch.zeros_like(rows.loss_mask))
     return replace(rows, source=source)
+
+
+def blanked(rows: Rows, step: int) -> Rows:
+    """Spans are hidden, and written behind the text."""
+    assert isinstance(rows, TokenBatch)
+    draws = torch.rand(3, *rows.tokens.shape, generator=torch.Generator().manual_seed(step))
+    return with_blanks(rows, draws, LanguageConfig(share=0.4, span=2.0), Marks(37, end_id=1, start_id=0, mask_id=36))
 
 
 def half_seen(rows: Rows) -> Rows:
@@ -191,6 +218,8 @@ def test_what_context_ranks_cannot_attend_is_refused_by_name(form: ContextForm) 
             r"model\.architecture=encoder does not go with parallel",
             r"model\.architecture=prefix does not go with parallel",
             r"model\.position=relative does not go with parallel",
+            r"model\.position=rotary_2d does not go with parallel",
+            r"model\.score_cap does not go with parallel",
         ),
         strict=True,
     ):

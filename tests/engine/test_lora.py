@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from framework.core.errors import UsageError
 from framework.core.runtime import Runtime
 from framework.engine.build import build_engine
 from framework.engine.config import EngineConfig, Precision
+from framework.engine.plan import check
 from framework.models.config import LoraConfig
 from framework.models.init import parameter_shapes, random_weights
 from framework.models.lora import lora_shapes, still, with_fresh
@@ -19,15 +21,18 @@ from tests.engine.lattice import MICRO, MODEL, OPTIM, PRETRAINING, UPDATES, Cour
 
 UPDATE = UPDATES[PRETRAINING]
 LORA = LoraConfig(rank=3, alpha=5.0)
-SOME = LoraConfig(rank=2, rslora=True, targets=["q", "o", "down"], also=["embedding", "layers.1.mlp_norm"])
-CASES = {"all": LORA, "some, and parts in full": SOME}
+SOME = LoraConfig(rank=2, rslora=True, dora=True, targets=["q", "o", "down"], also=["embedding", "layers.1.mlp_norm"])
+CASES = {"all": LORA, "some with DoRA, and parts in full": SOME}
+DROPPING = replace(LORA, dropout=0.3)
 
 
-def engine_with(lora: LoraConfig, runtime: Runtime, parallel: ParallelConfig, precision: Precision) -> Any:
+def engine_with(
+    lora: LoraConfig, runtime: Runtime, parallel: ParallelConfig, precision: Precision, seed: int = 7
+) -> Any:
     return build_engine(
         MODEL, runtime=runtime, parallel=parallel, config=EngineConfig(precision=precision), micro_size=MICRO,
         optim=OPTIM, total_steps=20, weights=with_fresh(random_weights(MODEL, seed=7), MODEL, lora, seed=7),
-        frozen=still(MODEL, lora), lora=lora,
+        frozen=still(MODEL, lora), lora=lora, seed=seed,
     )  # fmt: skip
 
 
@@ -59,6 +64,7 @@ def test_what_a_recipe_s_words_give_an_adapter_to() -> None:
     shapes = lora_shapes(MODEL, SOME)
     assert shapes["layers.0.attention.o.lora_a"] == (2, 32)
     assert shapes["layers.3.mlp.down.lora_b"] == (20, 2)
+    assert shapes["layers.3.mlp.down.lora_m"] == (20,)
     assert {name.split(".")[-2] for name in shapes} == {"q", "o", "down"}
 
 
@@ -68,6 +74,11 @@ LAYOUTS = [
     Layout(2, ParallelConfig("context 2", context=2)),
     Layout(4, ParallelConfig("tensor 2, pipeline 2", tensor=2, pipeline=2)),
 ]
+DATA_LAYOUTS = [
+    ParallelConfig("ddp"),
+    ParallelConfig("shard 2", shard=2, recompute=Recompute.FULL),
+]
+ALL = CASES | {"dropout": DROPPING}
 ZERO = [ParallelConfig(f"zero{stage}", zero=stage) for stage in (1, 2, 3)]
 
 
@@ -75,7 +86,7 @@ def visit(
     runtime: Runtime, layouts: list[ParallelConfig], answers: Mapping[str, Course], precision: Precision
 ) -> dict[tuple[str, str], Any]:
     return {
-        (parallel.name, name): compare(train(engine_with(CASES[name], runtime, parallel, precision), UPDATE)[0], answer)
+        (parallel.name, name): compare(train(engine_with(ALL[name], runtime, parallel, precision), UPDATE)[0], answer)
         for parallel in layouts
         for name, answer in answers.items()
     }
@@ -90,9 +101,73 @@ def test_every_layout_gives_one_process_s_answer(layout: Layout) -> None:
             assert max(deviation.loss, deviation.gradient, deviation.after) <= 1e-10, (what, deviation)
 
 
+def test_ranks_that_share_out_rows_drop_what_one_process_drops() -> None:
+    """Also where backward computes blocks again."""
+    answers = {"dropout": one(DROPPING, Precision.FP64)}
+    assert answers["dropout"].losses[1:] != one(LORA, Precision.FP64).losses[1:]
+    for found in run_ranks(visit, 2, DATA_LAYOUTS, answers, Precision.FP64, timeout_s=280):
+        for what, deviation in found.items():
+            assert max(deviation.loss, deviation.gradient, deviation.after) <= 1e-10, (what, deviation)
+
+
+@pytest.mark.parametrize("update", [PRETRAINING, "sft"])
+@pytest.mark.parametrize("again", [Recompute.FULL, Recompute.SELECTIVE])
+def test_blocks_computed_again_drop_the_same_to_the_bit(update: str, again: Recompute) -> None:
+    found = []
+    for recompute in (Recompute.NONE, again):
+        parallel = ParallelConfig("single", recompute=recompute)
+        engine = engine_with(DROPPING, Runtime(), parallel, Precision.FP32)
+        engine.load_weights(with_drawn(engine))
+        engine.forward_backward(UPDATES[update].rows(0), UPDATES[update].loss_fn)
+        found.append(dict(engine.gradients()))
+    for name in lora_shapes(MODEL, DROPPING):
+        assert found[0][name].any()
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+def with_drawn(engine: Any) -> Any:
+    """Weights whose B is drawn too, so that A has a gradient."""
+    torch.manual_seed(0)
+    drawn = {name: x + 0.1 * torch.randn_like(x) for name, x in engine.weights()}
+    return lambda name, box: drawn[name][tuple(slice(start, start + length) for start, length in box)]
+
+
+def test_a_continued_run_drops_the_same_and_another_seed_or_step_does_not() -> None:
+    first, second, other = (
+        engine_with(DROPPING, Runtime(), ParallelConfig(), Precision.FP32, seed) for seed in (7, 7, 8)
+    )
+    losses: list[list[float]] = []
+    rows = UPDATE.rows(0)
+    for engine in (first, other):
+        engine.load_weights(with_drawn(engine))
+        for _ in range(2):
+            losses.append([float(engine.forward_backward(rows, UPDATE.loss_fn)["loss"][0])])
+            engine.step()
+    assert losses[0] != losses[2]
+    saved = {name: tensor.clone() for name, _, tensor in first.shards()}
+    second.load_shards(lambda name, box: saved[name])
+    for engine in (first, second):
+        engine.forward_backward(rows, UPDATE.loss_fn)
+        engine.step()
+    assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(first.shards(), second.shards(), strict=True))
+    second.step_count = 4  # the same weights and rows at another step
+    same = [float(engine.forward_backward(rows, UPDATE.loss_fn)["loss"][0]) for engine in (first, second)]
+    assert same[0] != same[1]
+    measured = [float(engine.measure(rows, UPDATE.loss_fn)["loss"][0]) for engine in (first, second)]
+    assert measured[0] == measured[1]  # nothing is dropped there
+
+
+def test_layouts_that_cut_the_model_have_no_dropout() -> None:
+    for parallel in (ParallelConfig("tp", tensor=2), ParallelConfig("pp", pipeline=2), ParallelConfig("cp", context=2)):
+        with pytest.raises(
+            UsageError, match=rf"lora\.dropout=0\.3 needs whole rows and matrices, parallel={parallel.name}"
+        ):
+            check(MODEL, parallel, EngineConfig(), 2, DROPPING)
+
+
 def test_deepspeed_gives_one_process_s_answer() -> None:
     pytest.importorskip("deepspeed")
-    answers = {name: one(lora, Precision.FP32) for name, lora in CASES.items()}
+    answers = {name: one(lora, Precision.FP32) for name, lora in ALL.items()}
     tolerance = bound(Precision.FP32)
     for found in run_ranks(visit, 2, ZERO, answers, Precision.FP32, timeout_s=280):
         for what, deviation in found.items():

@@ -21,6 +21,10 @@ LATER_AXES = {
     "deep, geglu, window with alibi": replace(
         TINY, norm_place=NormPlace.DEEP, activation=Activation.GEGLU, position=Position.ALIBI, window=4
     ),
+    "sinusoidal, capped scores": replace(TINY, position=Position.SINUSOIDAL, score_cap=1.0),
+    "relative, unscaled": replace(
+        TINY, position=Position.RELATIVE, relative_buckets=8, relative_distance=9, scaled_scores=False
+    ),
     "geglu by tanh": replace(TINY, activation=Activation.GEGLU_TANH),
     "experts, the last layer's": replace(
         TINY, moe=MoeConfig(experts=5, top_k=3, intermediate_size=24, first=1, shared=16, shared_gate=True)

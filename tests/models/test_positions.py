@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from cuda_ext.rotary.op import rotary
 from framework.models.config import ModelConfig, RopeScaling, Scaling
-from framework.models.positions import Alibi, alibi_slopes, frequencies, rotary_tables, turn
+from framework.models.positions import Alibi, Sinusoids, alibi_slopes, frequencies, rotary_tables, turn
 
 
 def rope(size: int, theta: float = 1e4, **more: Any) -> ModelConfig:
@@ -83,3 +84,13 @@ def test_alibi_slopes_of_the_paper_and_biases_by_hand() -> None:
     ninf = float("-inf")
     expected = torch.tensor([[[[0, ninf], [-(2**-4), 0]], [[0, ninf], [-(2**-6), 0]]]])
     assert torch.equal(bias, expected)
+
+
+def test_sinusoids_by_hand_and_by_transformers() -> None:
+    """Of size 4: frequencies 1 and 1/100, sin in even places and cos in odd ones (Vaswani et al. 2017)."""
+    table = Sinusoids(4)(torch.tensor([[0, 1, 7]]))[0]
+    rows = [[math.sin(p), math.cos(p), math.sin(p / 100), math.cos(p / 100)] for p in (0, 1, 7)]
+    torch.testing.assert_close(table, torch.tensor(rows, dtype=torch.float64))
+    weight = MarianSinusoidalPositionalEmbedding(50, 16).create_weight()  # the sines first, then the cosines
+    table = Sinusoids(16)(torch.arange(50).unsqueeze(0))[0]
+    torch.testing.assert_close(torch.cat((table[:, ::2], table[:, 1::2]), 1).float(), weight, rtol=0, atol=1e-6)

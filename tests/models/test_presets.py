@@ -29,6 +29,7 @@ COUNTS = {name: number for name, (_, _, number) in PUBLISHED.items() if name != 
     "bert-large-uncased": 335_174_458,
     "bert-base-chinese": 102_290_312,
     "t5-small": 60_506_624,
+    "chatglm-6b": 6_173_286_400,
     "t5-base": 222_903_552,
     "t5-v1_1-small": 76_961_152,
 }

@@ -1,6 +1,7 @@
 """`framework tokenizer train|extend|compare` by their own words."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 from framework.main import compose, main
 from framework.stages.config import TokenizerRun
+from tests.tiny import model_folders
 
 LINES = ["床前明月光，疑是地上霜。", "the moon, the frost", "emoji 👨‍👩‍👧 ▁"]
 
@@ -84,3 +86,20 @@ def test_any_record_has_a_text(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["tokenizer", "train", "data.train=a.txt", "device=cpu", "threads=1", "tracking.progress=false"]) == 0
     assert main(["tokenizer", "compare", "runs/tokenizer", "--file", "b.jsonl"]) == 0
     assert "b.jsonl: 1 lines, 4 characters, 3 of them Chinese" in capsys.readouterr().out
+
+
+def test_a_model_s_tokens_a_second_are_told_in_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the characters a token, twice the characters a second."""
+    monkeypatch.chdir(tmp_path)
+    policy, _ = model_folders(tmp_path)
+    Path("a.txt").write_text("春風又綠江南岸\n明月何時照我還\n", encoding="utf-8")
+    assert main(["tokenizer", "compare", policy, policy, "--file", "a.txt", "--model", policy]) == 0
+    told = capsys.readouterr().out
+    (speed,) = re.findall(r"writes ([\d,.]+) tokens a second here", told)
+    characters = re.findall(r"^  ([\d,.]+) a second with", told, re.MULTILINE)
+    (ratio, _) = (float(x) for x in re.findall(r"│ +[\d,]+ │ +(\d\.\d+) │", told))
+    assert characters[0] == characters[1]
+    numbers = [float(x.replace(",", "")) for x in (speed, characters[0])]
+    assert numbers[1] * ratio == pytest.approx(numbers[0], rel=2e-3)

@@ -3,4 +3,4 @@
 Importing this room enters them all into the registry; it is free of torch.
 """
 
-from framework.models.families import bert, gpt, llama, own, t5  # noqa: F401
+from framework.models.families import bert, chatglm, gpt, llama, own, t5  # noqa: F401
