@@ -5,9 +5,11 @@ A head reads the state of one token: an encoder's first one through BERT's poole
 *ForSequenceClassification that transformers' pipeline runs.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +18,7 @@ from framework.core.errors import UsageError
 from framework.core.records import ClassBatch, Counts, Metrics, Rows, Scores
 from framework.core.runtime import apart
 from framework.data.classify import Targets, open_rows, read_targets
-from framework.models.hub import read_folder
+from framework.models.hub import locate, read_folder
 from framework.objectives.classification import classification_loss, regression_loss
 from framework.stages.baselines import label_guess
 from framework.stages.config import ClassifyRun
@@ -77,10 +79,25 @@ def config_words(targets: Targets, start: Start, figures: Mapping[str, float]) -
 
 
 def refuse_other_head(folder: str, targets: Targets) -> None:
-    """A folder that has a head already goes on with it: for as many classes."""
+    """A folder that has a head already goes on with it: for the same classes in their order."""
     head = read_folder(folder)[2].get("class_head.weight")
-    if head is not None and head[0] != targets.size:
+    if head is None:
+        return
+    if head[0] != targets.size:
         raise UsageError(
             f"init_from={folder} is a classifier of {head[0]} outputs, the data need {targets.size}; start from the "
             "model that it was made from, or name all its classes in classify.labels"
         )
+    known = _named_classes(locate(folder) / "config.json")
+    if targets.words and known and known != targets.words:
+        raise UsageError(
+            f"init_from={folder} is a classifier of {', '.join(known)}, the data have {', '.join(targets.words)}; if "
+            f"they are the same, say classify.labels=[{','.join(known)}]"
+        )
+
+
+def _named_classes(config: Path) -> tuple[str, ...]:
+    """The classes that a config.json names in their order; () where it only numbers them, or is an adapter's."""
+    theirs = json.loads(config.read_text(encoding="utf-8")).get("id2label", {}) if config.is_file() else {}
+    names = tuple(str(name) for _, name in sorted(theirs.items(), key=lambda entry: int(entry[0])))
+    return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names

@@ -24,7 +24,7 @@ from framework.models.init import parameter_shapes, random_weights
 from framework.optim.schedule import learning_rate
 from framework.parallel.config import ParallelConfig, Recompute
 from tests.distributed import run_ranks
-from tests.engine.cases import WIDTH, language_loss
+from tests.engine.cases import UNTIED, WIDTH, build, language_loss
 from tests.engine.lattice import (
     MICRO,
     MODEL,
@@ -201,3 +201,11 @@ def test_deepspeed_gives_one_process_s_answer_and_checkpoint(tmp_path: Path) -> 
                 assert deviation.after <= 100 * bound(Precision.FP32), (name, deviation)
             assert rewritten_hashes == hashes, name
             assert layers == ["3"], name
+
+
+def test_a_classifier_has_no_language_head_to_freeze() -> None:
+    """All of an untied model stands still beside an adapter, its head too, which a classifier drops."""
+    frozen = frozenset(parameter_shapes(UNTIED))
+    assert "head.weight" in frozen
+    engine = build(model=UNTIED, num_classes=2, frozen=frozen)
+    assert set(engine.holdings.learning) == {"class_head.weight"}
