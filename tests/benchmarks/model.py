@@ -3,7 +3,8 @@
 The quickstart's tiny Llama with random weights, in one folder that both load. A step is forward, loss, backward and
 torch's fused AdamW, for both; all say their first loss. Decoding is greedy, 8 rows at once, so that all say the same
 tokens. Rival: LlamaForCausalLM with its default attention (SDPA); compiled, `torch.compile` of the whole of it, where
-ours compiles block by block as `engine.compile=true` does; `generate`, its KV cache as it comes.
+ours compiles block by block as `engine.compile=true` does; `generate`, its KV cache as it comes, also beside our
+compiled step.
 """
 
 import functools
@@ -134,11 +135,11 @@ def _ready(laps: Laps, raced: Raced, task: Task) -> None:
         laps.ready({}, {"first loss": float(raced.loss(task.tokens(0, task.rows, task.places)))})
 
 
-def our_decoding(place: Path, laps: Laps, task: Task) -> None:
-    """The native generator."""
+def our_decoding(place: Path, laps: Laps, task: Task, compiled: bool = False) -> None:
+    """The native generator; `compiled`, with generation.compile=true."""
     runtime.start("cpu", task.threads)
     config, read, shapes = hub.read_folder(task.folder)
-    generator = NativeGenerator(config, GenerationConfig(slots=8), stop_ids=[])
+    generator = NativeGenerator(config, GenerationConfig(slots=8, compile=compiled), stop_ids=[])
     generator.load(((name, read(name, whole(shape))) for name, shape in shapes.items()), version=0)
     sampling = SamplingConfig(max_tokens=task.new, temperature=0.0)
 
@@ -192,6 +193,10 @@ def contests(task: Task) -> dict[str, dict[str, Run]]:
     }
     pairs["Decoding 8 rows"] = {
         "framework": functools.partial(our_decoding, task=task),
+        "transformers' generate": functools.partial(their_decoding, task=task),
+    }
+    pairs["Decoding 8 rows, compiled"] = {
+        "framework, compiled": functools.partial(our_decoding, task=task, compiled=True),
         "transformers' generate": functools.partial(their_decoding, task=task),
     }
     return pairs
