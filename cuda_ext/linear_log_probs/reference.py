@@ -116,7 +116,7 @@ class _Score(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(d, weight, out=of_hidden[rows])
             if of_weight is not None:
-                of_weight.addmm_(d.t(), hidden[rows])
+                torch.addmm(of_weight, d.t(), hidden[rows], out=of_weight)  # torch counts no work of `addmm_`
             if of_bias is not None:
                 of_bias += d.sum(0)
         return of_hidden, of_weight, None, of_bias, None, None, None
