@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from framework.checkpoint.integrity import signed, tensor_hash
 from framework.core.config import digest
 from framework.core.deadline import deadline
-from framework.core.records import Box, ReadBox
+from framework.core.records import Box, ReadBox, whole
+from framework.models.lora import LoraLinear
+from framework.models.quantised import Quantised
 from framework.models.scorer import Scorer, logical_name
 from framework.parallel.config import AXES
 from framework.parallel.mesh import Mesh
@@ -37,6 +39,12 @@ class Stage:
         for name, parameter in self.scorer.named_parameters():
             yield self.aliases.get(name, logical_name(name)), parameter, self.parts[name]
 
+    def quantised(self) -> Iterator[tuple[str, Quantised]]:
+        """(logical name of the weight, what stands in its place)."""
+        for name, part in self.scorer.named_modules():
+            if isinstance(part, LoraLinear) and part.quantised is not None:
+                yield f"{logical_name(name)}.weight", part.quantised
+
 
 class Holdings:
     """`parameters` are this rank's, by logical name, and for the part of those `owned` it speaks; those in `learning`
@@ -47,6 +55,7 @@ class Holdings:
         self.shapes = dict(shapes)
         self.parameters = {name: parameter for name, parameter, _ in held}
         self.learning = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self._quantised = {name: matrix for stage in stages for name, matrix in stage.quantised()}
         self._parts = {name: part for name, _, part in held}
         self._boxes = {name: part.box_of(parameter) for name, parameter, part in held}
         self.owned = [name for name, parameter, part in held if part.is_owner(parameter)]
@@ -89,7 +98,9 @@ class Holdings:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(logical name, full tensor) of every parameter, one at a time. Collective."""
         for name in self.shapes:
-            if self._cut:
+            if name in self._quantised:
+                yield name, self._quantised[name].weight(next(iter(self.parameters.values())).dtype)
+            elif self._cut:
                 parameter = self.parameters.get(name)
                 yield name, self.whole(name, None if parameter is None else local(parameter))
             else:
@@ -109,8 +120,11 @@ class Holdings:
         total = self._everyone.sum(hashes.to(some.device), "the weights' hashes")
         return digest(dict(zip(self.shapes, total.tolist(), strict=True)))
 
-    def fill(self, read: ReadBox) -> None:
-        """Take this rank's part of every parameter from `read`."""
+    def fill(self, read: ReadBox, quantised: bool = True) -> None:
+        """Take this rank's part of every parameter from `read`, and with `quantised` all of each matrix in 4 bits,
+        which no checkpoint holds."""
+        for name, matrix in self._quantised.items() if quantised else ():
+            matrix.take(read(name, whole(matrix.shape)).to(next(iter(self.parameters.values())).device))
         for name, part in self.locals().items():
             if part.numel():
                 part.copy_(read(name, self.box(name)))

@@ -17,7 +17,7 @@ from framework.engine.config import EngineConfig
 from framework.engine.flops import layer_weights, multiplied_weights
 from framework.engine.holdings import Stage
 from framework.engine.precision import COMPUTE
-from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
+from framework.models.config import Architecture, Base, LoraConfig, ModelConfig, Position
 from framework.models.layers import Linear
 from framework.models.moe import Balance
 from framework.models.positions import Alibi
@@ -80,20 +80,30 @@ def check(
         f"{sizes['pipeline']}, parallel.schedule={parallel.schedule.value}); choose at most "
         f"parallel.pipeline={model.num_layers // parallel.stages_per_rank}",
     )
-    rank, dropout = (lora.rank, lora.dropout) if lora is not None and lora.rank else (0, 0.0)
+    if lora is not None and lora.rank:
+        _check_adapter(lora, parallel, engine, world_size)
+    require(
+        not (engine.strict and parallel.cuts_the_model and world_size > 1),
+        f"engine.strict=true needs whole rows and matrices, parallel={parallel.name} cuts them; choose parallel=fsdp "
+        "or ddp, or rollout.strict=false",
+    )
+
+
+def _check_adapter(lora: LoraConfig, parallel: ParallelConfig, engine: EngineConfig, world_size: int) -> None:
+    cut, rank = parallel.cuts_the_model and world_size > 1, lora.rank
     require(
         not engine.strict or rank % 8 == 0,
         f"strict mode needs lora.rank={rank} to be a multiple of 8; choose {-(-rank // 8) * 8}",
     )
     require(
-        not (dropout and parallel.cuts_the_model and world_size > 1),
-        f"lora.dropout={dropout} needs whole rows and matrices, parallel={parallel.name} cuts them; choose "
+        not (lora.dropout and cut),
+        f"lora.dropout={lora.dropout} needs whole rows and matrices, parallel={parallel.name} cuts them; choose "
         "parallel=fsdp, ddp or zero2, or lora.dropout=0",
     )
     require(
-        not (engine.strict and parallel.cuts_the_model and world_size > 1),
-        f"engine.strict=true needs whole rows and matrices, parallel={parallel.name} cuts them; choose parallel=fsdp "
-        "or ddp, or rollout.strict=false",
+        lora.base is Base.FULL or not (cut or parallel.zero or engine.strict),
+        f"lora.base={lora.base} needs whole matrices on every rank and engine.strict=false, got parallel="
+        f"{parallel.name}; choose parallel=single, ddp or fsdp, which shares out the rest of the model",
     )
 
 

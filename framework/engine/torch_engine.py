@@ -26,8 +26,8 @@ from framework.engine.pipelined import Pipelined
 from framework.engine.plan import check, lay_out, stages_of
 from framework.engine.precision import COMPUTE, MASTER, computing_in
 from framework.engine.protocol import LossFn, Piece, StepReport
-from framework.models.config import LoraConfig, ModelConfig
-from framework.models.lora import attach
+from framework.models.config import Base, LoraConfig, ModelConfig
+from framework.models.lora import attach, quantise
 from framework.models.scorer import Scorer, logical_name
 from framework.models.transformer import Transformer
 from framework.optim.adamw import AdamW
@@ -68,7 +68,7 @@ def build_torch_engine(
     check(model, parallel, config, runtime.world_size, lora)
     mesh = build_mesh(parallel, runtime)
 
-    def build() -> Scorer:
+    def build(quantised: bool) -> Scorer:
         with torch.device("meta"):
             scorer = Scorer(Transformer(model, config.strict), value_head, num_classes, temperature)
         if lora is not None:
@@ -77,12 +77,15 @@ def build_torch_engine(
         for name, parameter in scorer.model.named_parameters():  # a classifier has no language head to freeze
             if name in frozen:
                 parameter.requires_grad_(False)
+        if quantised:
+            quantise(scorer.model)
         return scorer
 
-    shapes = {logical_name(name): tuple(p.shape) for name, p in build().named_parameters()}
+    quantised = lora is not None and lora.base is not Base.FULL
+    shapes = {logical_name(name): tuple(p.shape) for name, p in build(False).named_parameters()}
     stages = []
     for number, layers in stages_of(model, parallel, mesh):
-        stages.append(lay_out(build(), number, layers, parallel, mesh, config))
+        stages.append(lay_out(build(quantised), number, layers, parallel, mesh, config))
         stages[-1].scorer.to_empty(device=runtime.device)
     engine = TorchEngine(stages, shapes, mesh, parallel, config, micro_size, optim, total_steps, runtime.device, frozen)
     engine.load_weights(weights)
@@ -267,7 +270,7 @@ class TorchEngine:
     def load_shards(self, read: ReadBox) -> None:
         """See `protocol.Engine`."""
         self._forget_gradients()
-        self.holdings.fill(lambda name, box: read(f"model/{name}", box))
+        self.holdings.fill(lambda name, box: read(f"model/{name}", box), quantised=False)
         if self.optimizer is None:
             return
         for kind, name, state in self.optimizer.states():

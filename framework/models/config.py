@@ -343,7 +343,7 @@ class Base(Choice):
     """How the frozen matrices beside an adapter are held."""
 
     FULL = "full"  # as engine.precision says
-    NF4 = "nf4"  # in 4 bits (QLoRA, Dettmers et al. 2023): refused, see LoraConfig
+    NF4 = "nf4"  # in 4 bits (QLoRA, Dettmers et al. 2023; models.quantised): those with an adapter, by bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -363,9 +363,9 @@ class LoraConfig:
         require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 = no adapter")
         require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
         require(
-            self.base is Base.FULL,
-            f"lora.base={self.base} (QLoRA) takes bitsandbytes and a GPU, and is not computed here; leave lora.base "
-            "out, and hold the base in 16 bits by engine.precision=bf16 under parallel=zero3",
+            self.base is Base.FULL or (self.rank > 0 and not self.dora),
+            f"lora.base={self.base} is for a base beside an adapter without lora.dora, whose lengths are those of the "
+            f"whole numbers; got lora.rank={self.rank}, lora.dora={str(self.dora).lower()}",
         )
         require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
 

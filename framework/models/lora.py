@@ -21,6 +21,7 @@ from framework.models.dropout import Dropout, Moment
 from framework.models.frozen import matched
 from framework.models.init import draw, parameter_shapes
 from framework.models.layers import Linear, strict_linear
+from framework.models.quantised import Quantised, library
 from framework.models.transformer import Transformer
 
 Shapes = dict[str, tuple[int, ...]]
@@ -40,13 +41,15 @@ class LoraLinear(Linear):
             self.lora_b = nn.Parameter(torch.empty(outputs, rank))
             self.register_parameter(_M, nn.Parameter(torch.empty(outputs)) if dora else None)
         self.scale, self.dropout = scale, dropout
+        self.quantised: Quantised | None = None
         self.over_inputs: Callable[[Tensor], Tensor] = lambda squares: squares  # their sum over ranks that share inputs
 
     def product(self, x: Tensor) -> Tensor:
         """x[..., I] -> [..., O], without bias."""
         apply = strict_linear if self.strict else F.linear
         low = x if self.dropout is None else self.dropout(x)
-        y = apply(x, self.weight, None) + self.scale * apply(apply(low, self.lora_a, None), self.lora_b, None)
+        y = apply(x, self.weight, None) if self.quantised is None else self.quantised(x)
+        y = y + self.scale * apply(apply(low, self.lora_a, None), self.lora_b, None)
         return y if self.lora_m is None else y * self._gain(self.lora_m)
 
     def _gain(self, lengths: Tensor) -> Tensor:
@@ -71,6 +74,15 @@ def attach(model: Transformer, lora: LoraConfig, seed: int = 0) -> None:
         holder = model.get_submodule(owner)
         dropout = Dropout(lora.dropout, seed, path, moment) if lora.dropout else None
         setattr(holder, leaf, LoraLinear(getattr(holder, leaf), lora.rank, lora.scale, dropout, lora.dora))
+
+
+def quantise(model: Transformer) -> None:
+    """Let matrices with an adapter be held in 4 bits, in place of their weight, which must not have been filled yet."""
+    library()  # refused now where it is not there
+    for part in model.modules():
+        if isinstance(part, LoraLinear):
+            part.quantised = Quantised(part.weight.shape)
+            part._parameters["weight"] = None
 
 
 def targets(config: ModelConfig, lora: LoraConfig) -> list[str]:

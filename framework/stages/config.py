@@ -15,7 +15,7 @@ from framework.data.config import BatchConfig, ClassifyConfig, DataConfig, Langu
 from framework.engine.config import EngineConfig, Precision, TrainConfig
 from framework.evaluation.config import EvaluationConfig
 from framework.generation.config import GenerationConfig, SamplingConfig
-from framework.models.config import LoraConfig, ModelConfig
+from framework.models.config import Base, LoraConfig, ModelConfig
 from framework.optim.config import OptimConfig
 from framework.parallel.config import ParallelConfig
 from framework.tokenization.config import TokenizerConfig
@@ -282,6 +282,10 @@ class PpoRun(RunConfig):
         require(
             not (self.lora.rank and self.lora.dropout),
             f"lora.dropout={self.lora.dropout} does not go with ppo, whose first ratio must be 1; leave it out",
+        )
+        require(
+            self.lora.base is Base.FULL,
+            f"lora.base={self.lora.base} does not go with ppo, whose generator holds what the actor does; leave it out",
         )
         self.batch.micro(self.parallel.data_size(self.cluster.workers))
         _refuse_compiled(self.engine, self.parallel)

@@ -20,6 +20,7 @@ _PACKAGES = {
     "tensorboard": 'tracking=tensorboard; pip install "framework[tensorboard]"',
     "hydra-optuna-sweeper": 'hydra/sweeper=optuna; pip install "framework[sweep]"',
     "datasets": 'data.train=[hub:OWNER/NAME]; pip install "framework[hub]"',
+    "bitsandbytes": 'lora.base=nf4; pip install "framework[quantised]"',
     "py3langid": 'languages in `data stats`; pip install "framework[curation]"',
     "hydra-submitit-launcher": 'hydra/launcher=submitit_slurm; pip install "framework[submitit]"',
     "deepspeed": 'parallel=zero1, zero2, zero3, zero3_offload; pip install "framework[deepspeed]"',

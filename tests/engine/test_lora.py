@@ -12,9 +12,9 @@ from framework.core.runtime import Runtime
 from framework.engine.build import build_engine
 from framework.engine.config import EngineConfig, Precision
 from framework.engine.plan import check
-from framework.models.config import LoraConfig
+from framework.models.config import Base, LoraConfig
 from framework.models.init import parameter_shapes, random_weights
-from framework.models.lora import lora_shapes, still, with_fresh
+from framework.models.lora import lora_shapes, merged, still, with_fresh
 from framework.parallel.config import ParallelConfig, Recompute
 from tests.distributed import run_ranks
 from tests.engine.lattice import MICRO, MODEL, OPTIM, PRETRAINING, UPDATES, Course, Layout, bound, compare, train
@@ -191,3 +191,81 @@ def test_alpha_scales_what_the_adapter_adds() -> None:
     """alpha / r, and alpha / sqrt(r) for rsLoRA: with r = 4 twice as much."""
     assert LoraConfig(rank=4, alpha=8.0).scale == 2.0
     assert replace(LoraConfig(rank=4, alpha=8.0), rslora=True).scale == 4.0
+
+
+FOUR_BITS = replace(LORA, base=Base.NF4)
+
+
+def bases(engine: Any) -> dict[str, Any]:
+    return {name: x.clone() for name, x in engine.weights() if name.endswith(("attention.q.weight", "mlp.up.weight"))}
+
+
+def test_a_base_in_four_bits_stands_still_and_is_in_no_checkpoint() -> None:
+    """The adapter learns over what the four bits say; the merged model is what was trained."""
+    engine = engine_with(FOUR_BITS, Runtime(), ParallelConfig(), Precision.FP32)
+    full = engine_with(LORA, Runtime(), ParallelConfig(), Precision.FP32)
+    before, exact = bases(engine), bases(full)
+    assert all(0.01 < float((before[name] - x).norm() / x.norm()) < 0.15 for name, x in exact.items())
+    for step in range(2):
+        engine.forward_backward(UPDATE.rows(step), UPDATE.loss_fn)
+        engine.step()
+    assert all(torch.equal(x, before[name]) for name, x in bases(engine).items())
+    assert not [name for name, _, _ in engine.shards() if name.endswith("attention.q.weight")]
+    paths = [name.removesuffix(".lora_a") for name in lora_shapes(MODEL, LORA) if name.endswith("lora_a")]
+    plain = dict(merged(((name, x.clone()) for name, x in engine.weights()), paths, FOUR_BITS, {}))
+    alone = build_engine(
+        MODEL, runtime=Runtime(), parallel=ParallelConfig(), config=EngineConfig(), micro_size=MICRO, optim=None,
+        total_steps=1, weights=lambda name, box: plain[name][tuple(slice(a, a + n) for a, n in box)],
+    )  # fmt: skip
+    rows = UPDATE.rows(5)
+    torch.testing.assert_close(alone.infer(rows).log_probs, engine.infer(rows).log_probs, rtol=0, atol=1e-4)
+
+
+def test_a_base_in_four_bits_is_continued_to_the_same_bits() -> None:
+    def trained(engine: Any, steps: range) -> Any:
+        for step in steps:
+            engine.forward_backward(UPDATE.rows(step), UPDATE.loss_fn)
+            engine.step()
+        return engine
+
+    def fresh() -> Any:
+        return engine_with(FOUR_BITS, Runtime(), ParallelConfig(), Precision.FP32)
+
+    whole, half, again = trained(fresh(), range(4)), trained(fresh(), range(2)), fresh()
+    saved = {name: x.clone() for name, _, x in half.shards()}
+    again.load_shards(lambda name, box: saved[name])
+    trained(again, range(2, 4))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole.weights(), again.weights(), strict=True))
+
+
+def in_four_bits(runtime: Runtime, parallel: ParallelConfig) -> Course:
+    layout = parallel if runtime.world_size > 1 else ParallelConfig()
+    return train(engine_with(FOUR_BITS, runtime, layout, Precision.FP32), UPDATE)[0]
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig("ddp"), ParallelConfig("shard 2", shard=2)], ids=["ddp", "fsdp"])
+def test_a_base_in_four_bits_gives_one_process_s_answer(parallel: ParallelConfig) -> None:
+    answer = in_four_bits(Runtime(), parallel)
+    for found in run_ranks(in_four_bits, 2, parallel, timeout_s=120):
+        deviation = compare(found, answer)
+        assert deviation.start
+        assert max(deviation.loss, deviation.gradient) <= bound(Precision.FP32), deviation
+
+
+@pytest.mark.parametrize(
+    ("parallel", "engine"),
+    [
+        (ParallelConfig("tp", tensor=2), EngineConfig()),
+        (ParallelConfig("zero3", zero=3), EngineConfig()),
+        (ParallelConfig("ddp"), EngineConfig(strict=True)),
+    ],
+)
+def test_a_base_in_four_bits_that_ranks_would_cut_is_refused(parallel: ParallelConfig, engine: EngineConfig) -> None:
+    with pytest.raises(UsageError, match=r"lora\.base=nf4 needs whole matrices on every rank"):
+        check(MODEL, parallel, engine, 2, replace(FOUR_BITS, rank=8))
+
+
+def test_four_bits_without_an_adapter_or_with_lengths_are_refused() -> None:
+    for words in ({"rank": 0}, {"rank": 4, "dora": True}):
+        with pytest.raises(UsageError, match=r"lora\.base=nf4 is for a base beside an adapter without lora\.dora"):
+            LoraConfig(base=Base.NF4, **words)  # type: ignore[arg-type]

@@ -71,3 +71,18 @@ def test_ppo_learns_an_adapter_and_its_generator_gives_the_actor_s_bits(
     for name, weight in before.items():
         assert torch.equal(merged[name], adapted[name])
         assert torch.equal(merged[name], weight) == (not name.endswith((".q.weight", ".v.weight"))), name
+
+
+def test_an_adapter_over_a_base_in_four_bits(tmp_path: Path) -> None:
+    """QLoRA as a user runs it; the merged model is not the base, whose numbers the four bits have rounded."""
+    pytest.importorskip("bitsandbytes")
+    policy, _ = model_folders(tmp_path)
+    forked("sft", f"init_from={policy}", *WORDS, "lora.rank=4", "lora.base=nf4", cwd=tmp_path)
+    run, x = tmp_path / "runs" / "sft", torch.arange(6, 26).unsqueeze(0)
+    before, after = load(policy), load(run / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(after.logits(after(x)), theirs(x).logits, rtol=0, atol=1e-4)
+    for a, b in zip(before.layers.parameters(), after.layers.parameters(), strict=True):
+        assert a.dim() == 1 or not torch.equal(a, b)
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
