@@ -90,10 +90,11 @@ def head_kept(model: ModelConfig, load: Load, labels: bool = True) -> int:
 
 
 def head_working(model: ModelConfig, load: Load) -> int:
-    """Bytes beside all that is kept while the first gradients are taken: two tables of logits' gradients at most (one
-    process on a CPU makes them stretch by stretch); of a chunk whose logits are computed again, these too."""
-    logits = load.places * _vocabulary(model, load)
-    return 2 * logits * load.wide if logits <= CHUNK_LOGITS else 3 * CHUNK_LOGITS * load.wide
+    """Bytes beside all that is kept while the first gradients are taken: tables of logits' gradients, one (a CPU makes
+    even that stretch by stretch), or two where tensor ranks share the vocabulary out; of a chunk whose logits are
+    computed again, these too."""
+    logits, tables = load.places * _vocabulary(model, load), 1 if load.tensor == 1 else 2
+    return tables * logits * load.wide if logits <= CHUNK_LOGITS else (tables + 1) * CHUNK_LOGITS * load.wide
 
 
 def block_working(model: ModelConfig, load: Load, recompute: Recompute, layer: int = 0) -> int:
