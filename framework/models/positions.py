@@ -2,7 +2,8 @@
 relative ones, computed where and when they are used.
 
 No table of positions is stored: nothing to keep in step with a longer context. Left out: frequencies that
-depend on the longest row of a batch (dynamic NTK), with which a row's answer would depend on the other rows.
+depend on the longest row of a batch (dynamic NTK), with which a row's answer would depend on the other rows, and a
+token's on what comes after it.
 """
 
 import math
