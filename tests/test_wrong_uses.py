@@ -81,7 +81,7 @@ _PPO = "ppo init_from=base reward_from=rm data.train=p.jsonl"
 ROWS = [
     # --- command words
     Wrong("sfft", "unknown command 'sfft': did you mean 'sft'?"),
-    Wrong("--version", "unknown command '--version': Choose one of: chat, compare"),
+    Wrong("--version", "unknown command '--version': Choose one of: chat, classify"),
     Wrong("sft optim.lrr=1", "unknown key 'optim.lrr': did you mean 'optim.lr'?"),
     Wrong("sft batchs.size=1", "unknown key 'batchs.size': did you mean 'batch.size'?"),
     Wrong("sft +learn=1", "unknown key 'learn'"),
@@ -383,7 +383,7 @@ ROWS = [
     Wrong("data prepare", "framework data: data prepare takes the words of a stage"),
     Wrong("data prepare sft init_from=t data.trian=a", "did you mean 'data.train'?"),
     Wrong("data prepare sft init_from=POLICY data.train=b", "data.train: b: no such file or folder"),
-    Wrong("data prepare evaluate init_from=b evaluation.tasks=[t]", "data prepare evaluate: Choose one of: ppo"),
+    Wrong("data prepare evaluate init_from=b evaluation.tasks=[t]", "data prepare evaluate: Choose one of: classify"),
     Wrong("status", "status takes a run folder"),
     Wrong("status nowhere", "nowhere is not a run folder"),
     Wrong("status a.txt", "a.txt is not a run folder", TEXT),

@@ -115,12 +115,14 @@ class Passes:
         return join(parts).to(rows.inputs().tokens.device)
 
     def _agree(self, rows: Rows, counts: Counts | None) -> tuple[int, int, Counts]:
-        """(micro-batches that every rank must go through, rows of the ranks before this one, counts over all)."""
+        """(micro-batches that every rank must go through, rows of the ranks before this one where dropout numbers them,
+        counts over all)."""
         mine = count(rows) if counts is None else counts
         known = [int(n) for n in (mine.tokens, mine.sequences, mine.pairs)]
-        table = self._gather(self._num_micro_batches(rows), len(rows), *known)
-        tokens, sequences, pairs = table[:, 2:].sum(dim=0).split(1)
-        first = int(table[: self._ranks.rank, 1].sum())
+        rows_too = [] if self._dropping is None else [len(rows)]
+        table = self._gather(self._num_micro_batches(rows), *known, *rows_too)
+        tokens, sequences, pairs = table[:, 1:4].sum(dim=0).split(1)
+        first = int(table[: self._ranks.rank, 4:].sum())
         return self._common(table[:, :1]), first, Counts(tokens=tokens, sequences=sequences, pairs=pairs)
 
     def _common(self, numbers: Tensor) -> int:

@@ -4,7 +4,7 @@ In the manner of Korthikanti et al. 2022 (sections 4 and 5), for our own blocks:
 D hidden, Q and K numbers of queries and of keys, F inner, N heads, e bytes a number, w a wide one (4 or more),
 a block with RMSNorm and SwiGLU keeps
 
-    norms      2 p (D + 1) w       the normalised, and 1/rms
+    norms      2 p (2 D + 1) w     the input and the normalised, and 1/rms
     matrices   2 p D e             what attention and the feed-forward block take in
     attention  p (2 Q + 2 K) e + p N w + B T T e     q, k, v, the output, its log-sum-exp; the mask of packed rows
     inner      4 p F e             gate, up, silu(gate), their product
@@ -90,11 +90,10 @@ def head_kept(model: ModelConfig, load: Load, labels: bool = True) -> int:
 
 
 def head_working(model: ModelConfig, load: Load) -> int:
-    """Bytes beside all that is kept while the first gradients are taken: tables of logits' gradients, one (a CPU makes
-    even that stretch by stretch), or two where tensor ranks share the vocabulary out; of a chunk whose logits are
-    computed again, these too."""
-    logits, tables = load.places * _vocabulary(model, load), 1 if load.tensor == 1 else 2
-    return tables * logits * load.wide if logits <= CHUNK_LOGITS else (tables + 1) * CHUNK_LOGITS * load.wide
+    """Bytes beside all that is kept while the first gradients are taken: two tables of logits' gradients; of a chunk
+    whose logits are computed again, these too."""
+    logits = load.places * _vocabulary(model, load)
+    return 2 * logits * load.wide if logits <= CHUNK_LOGITS else 3 * CHUNK_LOGITS * load.wide
 
 
 def block_working(model: ModelConfig, load: Load, recompute: Recompute, layer: int = 0) -> int:
@@ -137,7 +136,7 @@ def _mask(load: Load) -> int:
 def _norm_kept(model: ModelConfig, load: Load) -> int:
     if model.norm is Norm.LAYER:
         return load.places // load.tensor * (model.hidden_size * load.compute + 2 * load.wide)
-    return load.places // load.tensor * (model.hidden_size + 1) * load.wide
+    return load.places // load.tensor * (2 * model.hidden_size + 1) * load.wide
 
 
 def _ring_working(model: ModelConfig, load: Load) -> int:

@@ -108,7 +108,7 @@ def _is_held(leaf: Any) -> bool:
 def test_a_block_by_hand() -> None:
     model = ModelConfig(vocab_size=10, hidden_size=8, num_heads=2, num_kv_heads=1, intermediate_size=12)
     p, e = 2 * 4, 4
-    norms = 2 * p * (8 + 1) * e
+    norms = 2 * p * (2 * 8 + 1) * e
     attention = p * (8 + 4 + 4) * e + p * 8 * e + p * 2 * e + 2 * 4 * 4 * e  # q, k, v, output, log-sum-exp, mask
     assert block_kept(model, Load(2, 4), Recompute.NONE) == norms + 2 * p * 8 * e + attention + 4 * p * 12 * e
     assert block_kept(model, Load(2, 4), Recompute.FULL) == p * 8 * e
@@ -128,9 +128,9 @@ def test_tensor_and_context_ranks_share_it_out_by_hand() -> None:
 def test_logits_are_kept_up_to_a_chunk() -> None:
     model = ModelConfig(vocab_size=1 << 15)
     few, many = Load(1, 1024), Load(1, 1025)
-    assert head_kept(model, few) - 1024 * 4 * (2 * 128 + 1) == CHUNK_LOGITS * 4
-    assert head_kept(model, many) == 1025 * 4 * (2 * 128 + 1)
-    assert (head_working(model, few), head_working(model, many)) == (CHUNK_LOGITS * 4, 2 * CHUNK_LOGITS * 4)
+    assert head_kept(model, few) - 1024 * 4 * (3 * 128 + 1) == CHUNK_LOGITS * 4
+    assert head_kept(model, many) == 1025 * 4 * (3 * 128 + 1)
+    assert (head_working(model, few), head_working(model, many)) == (2 * CHUNK_LOGITS * 4, 3 * CHUNK_LOGITS * 4)
 
 
 def test_what_is_computed_again_stands_beside() -> None:

@@ -107,7 +107,7 @@ def test_one_process_by_hand() -> None:
     whole = 4 * (4 * BLOCK + ROOT)
     assert num_parameters(LLAMA) * 4 == whole
     assert (memory.weights, memory.gradients, memory.optimizer, memory.gathered) == (whole, whole, 2 * whole, 0)
-    assert memory.activations == micro_batch(4) + head_kept(LLAMA, LOAD) + 2 * WIDTH * 64 * 4
+    assert memory.activations == micro_batch(4) + head_kept(LLAMA, LOAD) + 2 * 2 * WIDTH * 64 * 4
     assert memory.update == 3 * 4 * 4 * (BLOCK - 2 * 16)  # all that is decayed: matrices but the embedding
     assert memory.total == 4 * whole + max(memory.activations, memory.update)
 
