@@ -148,7 +148,7 @@ ROWS = [
     Wrong("sft init_from=base", "data.train is empty"),
     Wrong(f"{_SFT} lora.rank=4 train.last_layers=1", "train.freeze and train.last_layers do not go with lora.rank"),
     Wrong(f"{_PPO} lora.rank=8 lora.dropout=0.1", "lora.dropout=0.1 does not go with ppo, whose first ratio must be 1"),
-    Wrong(f"{_SFT} lora.rank=4 lora.base=nf4 parallel=zero2", "lora.base=nf4 needs whole matrices on every rank"),
+    Wrong(f"{_SFT} lora.rank=4 lora.base=nf4 lora.dora=true", "lora.base=nf4 is for a base beside an adapter"),
     Wrong(f"{_SFT} lora.rank=4 lora.dropout=1", "lora.dropout=1.0 must be in [0, 1)"),
     Wrong(f"{_SFT} lora.rank=4 load_in_4bit=true", "unknown key 'load_in_4bit': it is set by lora.base here"),
     Wrong(f"{SFT} lora.rank=4 lora.targets=[q_proj]", "lora.targets: 'q_proj' is no part of this model", SAMPLES),
