@@ -95,6 +95,11 @@ class TokenBatch(Record):
     def inputs(self) -> TokenBatch:
         return self
 
+    def lengths(self) -> Tensor:
+        """[B, T] int64: how many tokens the document of each token has."""
+        longest = self.positions.new_zeros(len(self.positions), int(self.document_ids.max()) + 1)
+        return longest.scatter_reduce(1, self.document_ids, self.positions + 1, "amax").gather(1, self.document_ids)
+
 
 @record
 class PreferenceBatch(Record):

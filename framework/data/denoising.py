@@ -71,7 +71,7 @@ def with_random_prefixes(rows: TokenBatch, draw: Tensor) -> TokenBatch:
     draw [B,T]: uniform in [0, 1), one number a document. Example, a document of 4 tokens and draw 0.5: 3 of them are
     its prefix; position 2 predicts what follows it, and so does position 3.
     """
-    prefix = 1 + (draw * lengths(rows)).long()
+    prefix = 1 + (draw * rows.lengths()).long()
     return _behind(rows, torch.where(rows.document_ids > 0, prefix, 0))
 
 
@@ -87,12 +87,6 @@ def with_prompts(rows: TokenBatch, places: Places | None = None) -> TokenBatch:
 def _firsts(rows: TokenBatch) -> Tensor:
     """[B,T]: the place of the first token of each token's document."""
     return (torch.arange(rows.tokens.shape[1]) - rows.positions).clamp(min=0)
-
-
-def lengths(rows: TokenBatch) -> Tensor:
-    """[B,T]: how many tokens the document of each token has."""
-    last = rows.positions.new_zeros(len(rows), int(rows.document_ids.max()) + 1)
-    return last.scatter_reduce(1, rows.document_ids, rows.positions + 1, "amax").gather(1, rows.document_ids)
 
 
 def _behind(rows: TokenBatch, prefix: Tensor) -> TokenBatch:

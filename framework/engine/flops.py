@@ -114,8 +114,7 @@ def _seen(config: ModelConfig, inputs: TokenBatch, window: int) -> Tensor:
     """[B,T]: how many keys each query meets; window 0: all before it, and what an encoder or a prefix shows ahead."""
     seen = inputs.positions + 1
     if config.architecture is Architecture.ENCODER:
-        last = seen.new_zeros(len(seen), int(inputs.document_ids.max()) + 1)
-        return last.scatter_reduce(1, inputs.document_ids, seen, "amax").gather(1, inputs.document_ids)
+        return inputs.lengths()
     if config.architecture is Architecture.PREFIX and inputs.prefix_lengths is not None:
         if inputs.span_positions is not None:  # places in the row, for those of a span all stand at its mask
             at = seen.new_ones(seen.shape).cumsum(1)
