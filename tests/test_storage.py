@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import fsspec
 import pytest
 
 from tests.storage import storage
+from tests.test_stopping import ASK, STEP
 from tests.tiny import WORDS, command, environment
 
 STEPS = 8
@@ -33,7 +33,7 @@ def words(whole: Path, *more: str) -> list[str]:
     own = [word.removeprefix("pretrain.") for word in WORDS if word.startswith("pretrain.")]
     shared = [word for word in WORDS if word.startswith(("device", "threads", "tracking"))]
     places = [f"run.dir={URL}", f"tokenizer={whole / 'tokenizer/model'}", f"data.cache={whole / 'prepared'}"]
-    return ["pretrain", "experiment=quickstart/pretrain", *shared, *own, *places, *more]
+    return ["pretrain", "experiment=quickstart/pretrain", *shared, *own, *places, f"extensions=[{ASK}]", *more]
 
 
 def machine(folder: Path) -> dict[str, str]:
@@ -48,26 +48,20 @@ def finish(folder: Path, *line: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def begin(folder: Path, *line: str) -> "subprocess.Popen[str]":
+def begin(folder: Path, name: str, *line: str) -> "subprocess.Popen[str]":
+    """A run that sends itself signal `name` in its sixth step, when the checkpoint of the second is in the storage."""
     folder.mkdir()
-    return subprocess.Popen(command(*line), cwd=folder, env=machine(folder), stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(filesystem: fsspec.AbstractFileSystem, name: str, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 200
-    while not filesystem.exists(f"bucket/runs/pretrain/{name}"):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"no {name}"
-        time.sleep(0.05)
+    env = machine(folder) | {"ASK": f"{name} {STEP} 6"}
+    return subprocess.Popen(command(*line), cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_bits(
     aws: fsspec.AbstractFileSystem, whole: Path, tmp_path: Path
 ) -> None:
-    first = begin(tmp_path / "one", *words(whole))
-    wait_for(aws, "checkpoints/step_00000002/manifest.json", first)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first = begin(tmp_path / "one", "SIGKILL", *words(whole))
+    _, told = first.communicate(timeout=200)
+    assert first.returncode == -signal.SIGKILL, told
+    assert aws.exists("bucket/runs/pretrain/checkpoints/step_00000002/manifest.json")
     done = finish(tmp_path / "two", *words(whole))
     assert done.returncode == 0, done.stderr
     reference = (whole / "pretrain/model/model.safetensors").read_bytes()
@@ -86,9 +80,8 @@ def test_a_run_killed_on_one_machine_ends_on_another_in_the_same_bits(
 def test_a_process_left_over_on_another_machine_must_end(
     aws: fsspec.AbstractFileSystem, whole: Path, tmp_path: Path
 ) -> None:
-    first = begin(tmp_path / "one", *words(whole))
-    wait_for(aws, "checkpoints/step_00000002/manifest.json", first)
-    os.kill(first.pid, signal.SIGSTOP)
+    first = begin(tmp_path / "one", "SIGSTOP", *words(whole))
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     done = finish(tmp_path / "two", *words(whole))
     assert done.returncode == 0, done.stderr
     before = {name: aws.cat(name) for name in aws.find("bucket/runs")}
