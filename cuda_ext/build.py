@@ -8,8 +8,8 @@ emulator's library (the same sources by a C++ compiler) is made when something a
 import functools
 import hashlib
 import importlib.util
-import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 BUILT = ROOT / "built"
 _USUAL = Path("/usr/local/cuda")
+_CHATTER = re.compile(r"ptxas info|    \d+ bytes stack frame, .* 0 bytes spill loads")  # of -v
 TARGET = (2, 11)  # the oldest torch whose stable ABI the binding speaks
 ARCHITECTURES = {
     "sm_80": "arch=compute_80,code=sm_80",
@@ -80,7 +81,6 @@ def build(kind: Kind, folder: Path = BUILT, sources: Sequence[Path] | None = Non
             binding = pool.submit(_binding, kind, folder)
             objects = list(pool.map(functools.partial(compile_one, kind, folder=folder), files))
         _link(kind, [binding.result(), *objects], library)
-        library.with_suffix(".json").write_text(json.dumps(_record(kind), indent=1))
     return library
 
 
@@ -99,7 +99,8 @@ def run(command: Sequence[str]) -> str:
     """What a compiler printed; BuildError if it refused."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".strip())
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if not _CHATTER.match(line)]
+        raise BuildError("\n".join([" ".join(command), *lines]))
     return done.stdout + done.stderr
 
 
@@ -158,10 +159,6 @@ def _torch_folder() -> Path:
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed here: pip install --no-build-isolation lets a build see it")
     return Path(spec.origin).parent
-
-
-def _record(kind: Kind) -> dict[str, object]:
-    return {"kind": kind.name, "torch": list(TARGET), "kernels": kernels(), "architectures": list(ARCHITECTURES)}
 
 
 def _hash(kind: Kind, *sources: Path) -> str:

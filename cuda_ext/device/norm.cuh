@@ -191,7 +191,8 @@ template <int most, class Body>
 void of_items(int64_t packs, int threads, Body body) {
   if (packs <= threads) return body(std::integral_constant<int, 1>{});
   if (packs <= 2 * threads) return body(std::integral_constant<int, 2>{});
-  if (packs <= 4 * threads) return body(std::integral_constant<int, 4>{});
+  if constexpr (most >= 4)
+    if (packs <= 4 * threads) return body(std::integral_constant<int, 4>{});
   if constexpr (most >= 8)
     if (packs <= 8 * threads) return body(std::integral_constant<int, 8>{});
   body(std::integral_constant<int, 0>{});
@@ -290,7 +291,7 @@ void launch_norm_backward(Stream stream, const Tensor& dy, const Tensor& dtotal,
     };
     if (lines > 0) {
       if (norm.moves_packs(sizeof(T), {dy.data, dx.data, total.data, dtotal.data}))
-        of_items<4>(norm.width / kWide<T>, kBackwardThreads,
+        of_items<kCentred ? 2 : 4>(norm.width / kWide<T>, kBackwardThreads,
                     [&](auto items) { go(items, std::integral_constant<int, kWide<T>>{}); });
       else
         go(std::integral_constant<int, 0>{}, std::integral_constant<int, 1>{});

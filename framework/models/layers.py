@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cuda_ext.layer_norm.op import layer_norm
 from cuda_ext.rms_norm.op import rms_norm
 from cuda_ext.swiglu.op import swiglu
 from framework.models.config import Activation, ModelConfig, Norm
@@ -68,6 +69,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / deviation * weight + bias over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., D] -> [..., D]."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class MLP(nn.Module):
     """The feed-forward block: down(act(gate(x)) * up(x)) where gated, else down(act(up(x)))."""
 
@@ -101,7 +110,7 @@ def build_norm(config: ModelConfig) -> nn.Module:
     """The norm that the config names, over hidden_size."""
     if config.norm is Norm.RMS:
         return RMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, config.norm_eps)
+    return LayerNorm(config.hidden_size, config.norm_eps)
 
 
 def strict_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,153 @@
+"""The emulator is held to CUDA's rules, and catches what it is there for: planted faults, and real kernels with a
+barrier or a bound taken out. Each library runs in a process of its own, which nothing else has loaded kernels into."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cuda_ext.build import ADDRESS, EMULATOR, ROOT, Kind, build, kernels
+from tests.cuda_ext.emulated import SCHEDULES
+
+PLANTED = Path(__file__).parent / "planted/kernel.cu"
+BEGIN = """
+import ctypes, sys, torch
+from cuda_ext import library
+assert library._register(sys.argv[1]) == ""
+ops, emulate = torch.ops.cuda_ext_emulator, ctypes.CDLL(sys.argv[1]).cuda_ext_emulate
+emulate.argtypes = [ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64]
+x, y = torch.arange(1.0, 65.0), torch.zeros(64)
+"""
+NORM = """
+emulate(int(sys.argv[2]), 0, 1 << 40)
+x, y, inverse = torch.randn(1, 1000), torch.zeros(1, 1000), torch.zeros(1)
+ops.rms_norm_forward(x, None, torch.ones(1000), 1e-5, y, None, inverse)
+print(torch.allclose(y, torch.nn.functional.rms_norm(x, (1000,), eps=1e-5)))
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(EMULATOR, tmp_path_factory.mktemp("planted"), [PLANTED])
+
+
+@pytest.fixture(scope="module")
+def planted_with_bounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(ADDRESS, tmp_path_factory.mktemp("planted"), [PLANTED])
+
+
+def run(
+    code: str, library: Path, *words: str, home: Path = ROOT.parent, **env: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BEGIN + code, str(library), *words]
+    place = os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(command, cwd=home, capture_output=True, text=True, env=place, timeout=200, check=False)
+
+
+def sanitized(code: str, library: Path, *words: str, home: Path = ROOT.parent) -> subprocess.CompletedProcess[str]:
+    return run(code, library, *words, home=home, **sanitizer())
+
+
+def sanitizer() -> dict[str, str]:
+    """AddressSanitizer in a Python that was built without it; it must find C++'s exceptions when it starts."""
+    names = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    found = [subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names]
+    return {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def test_lanes_see_each_other_as_on_a_card(planted: Path) -> None:
+    code = """
+x[40] = -1
+outs = [torch.zeros(64) for _ in range(3)] + [torch.zeros(64, dtype=torch.int64)]
+ops.planted_lanes(x, *outs)
+up, down, across, votes = outs
+for w in (slice(0, 32), slice(32, 64)):
+    a = x[w]
+    assert torch.equal(up[w], torch.cat([a[:1], a[:-1]]))
+    assert torch.equal(down[w], torch.cat([a[2:], a[-2:]]))
+    assert torch.equal(across[w], torch.cat([a[16:], a[:16]]))
+assert set(votes[:32].tolist()) == {2**32 - 1} and set(votes[32:].tolist()) == {2**32 - 1 - 2**8}
+"""
+    done = run(code, planted)
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_run_or_are_left_out(planted: Path) -> None:
+    code = "emulate(1, 3, 5); ops.planted(6, x[:8], y); print(y[:8].int().tolist())"
+    assert run(code, planted).stdout == "[0, 0, 0, 3, 4, 5, 0, 0]\n"
+
+
+def test_a_barrier_is_a_barrier_and_a_missing_one_is_seen(planted: Path) -> None:
+    code = """
+for seed in range(3):
+    for which in (0, 1):
+        emulate(seed, 0, 1 << 40); ops.planted(which, x, y); print(which, torch.equal(y, x.flip(0)))
+"""
+    assert run(code, planted).stdout.splitlines() == ["0 True", "1 False"] * 3
+
+
+@pytest.mark.parametrize(
+    ("which", "says"),
+    [
+        (2, "planted: a block hangs: 40 of its 64 threads wait at a barrier, 24 have ended, 0 wait at a shuffle"),
+        (3, "planted: a shuffle reads lane 40, which is not there"),
+    ],
+)
+def test_what_would_hang_or_be_undefined_is_one_line(planted: Path, which: int, says: str) -> None:
+    assert says in run(f"ops.planted({which}, x, y)", planted).stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("which", "where"), [(4, "beyond("), (5, "beyond_shared(")])
+def test_an_access_out_of_bounds_is_named_with_its_line(planted_with_bounds: Path, which: int, where: str) -> None:
+    done = sanitized(f"ops.planted({which}, x, y)", planted_with_bounds)
+    assert "heap-buffer-overflow" in done.stderr
+    assert where in done.stderr
+    assert "kernel.cu:" in done.stderr
+    assert sanitized("ops.planted(0, x, y)", planted_with_bounds).returncode == 0
+
+
+def mutated(folder: Path, kind: Kind, change: Callable[[str], str], name: str) -> Path:
+    """The library of RMSNorm alone, with one header changed."""
+    shutil.copytree(ROOT, folder / "cuda_ext", ignore=shutil.ignore_patterns("built", "__pycache__"))
+    header = folder / "cuda_ext/device" / name
+    before = header.read_text()
+    header.write_text(change(before))
+    assert header.read_text() != before
+    words = "import sys, pathlib, cuda_ext.build as b; print(b.build(b.KINDS[sys.argv[1]], pathlib.Path(sys.argv[2]), "
+    words += "[b.ROOT / 'rms_norm/kernel.cu']))"
+    done = subprocess.run(
+        [sys.executable, "-c", words, kind.name, str(folder)],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(folder)}, check=True,
+    )  # fmt: skip
+    return Path(done.stdout.strip())
+
+
+def test_a_kernel_without_one_of_its_barriers_gives_other_numbers(tmp_path: Path) -> None:
+    barrier = "  __syncthreads();\n  value = warp_sum(lane"
+    library = mutated(tmp_path, EMULATOR, lambda text: text.replace(barrier, barrier.split("\n")[1]), "device.cuh")
+    for seed in SCHEDULES:
+        assert run(NORM, library, str(seed), home=tmp_path).stdout == "False\n"
+
+
+def test_a_kernel_without_one_of_its_bounds_is_caught(tmp_path: Path) -> None:
+    bound = "    if (column >= width) break;\n    Pack<T, N> pack = load"
+    library = mutated(tmp_path, ADDRESS, lambda text: text.replace(bound, "    Pack<T, N> pack = load"), "norm.cuh")
+    done = sanitized(NORM, library, "0", home=tmp_path)
+    assert "heap-buffer-overflow" in done.stderr
+    assert "norm_forward<" in done.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("op", kernels())
+def test_no_kernel_leaves_its_bounds_in_any_of_its_tests(op: str) -> None:
+    """All that begins with test_emulated_, again, with AddressSanitizer in the kernels and in every tensor."""
+    env = os.environ | {"CUDA_EXT_EMULATOR": "address"} | sanitizer()
+    words = ["-q", "-k", "test_emulated and not compiled", str(Path(__file__).parent / f"test_{op}_kernel.py")]
+    command = [sys.executable, "-m", "pytest", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1700, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
