@@ -4,6 +4,7 @@ Strict mode (law On-policy): the same bits for a row whatever else is in the bat
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,17 +65,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x[..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x[..., D] -> [..., D]; with a residual that of the sum, and the sum."""
+        return rms_norm(x, self.weight, self.eps) if residual is None else rms_norm(x, self.weight, self.eps, residual)
 
 
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / deviation * weight + bias over the last dimension."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x[..., D] -> [..., D]."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """x[..., D] -> [..., D]; with a residual that of the sum, and the sum."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class MLP(nn.Module):

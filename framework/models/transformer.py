@@ -50,10 +50,12 @@ class Layer(nn.Module):
             normed = self.mlp_norm(self.residual_scale * normed + self.attention(normed, context))
             return self.residual_scale * normed + self._fed(normed, context)
         if self.norms_first:
-            x = x + _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
+            more = _normed(self.attention(self.attention_norm(x), context), self.attention_out_norm)
             if self.cross is not None:
-                x = x + self.cross(_normed(x, self.cross_norm), context)
-            return x + _normed(self._fed(self.mlp_norm(x), context), self.mlp_out_norm)
+                x = x + more
+                more = self.cross(_normed(x, self.cross_norm), context)
+            normed, x = self.mlp_norm(more, x)
+            return x + _normed(self._fed(normed, context), self.mlp_out_norm)
         x = self.attention_norm(self.residual_scale * x + self.attention(x, context))
         return self.mlp_norm(self.residual_scale * x + self._fed(x, context))
 
