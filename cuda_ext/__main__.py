@@ -4,7 +4,7 @@
 
     build [cuda|emulator|address]    the library of all kernels
     card OP                          registers, spills and machine code of OP on every architecture
-    benchmark OP                     OP beside its rivals, on this machine's card
+    benchmark [OP ...]               ops (all) beside their rivals, on this machine's card; tables go to runs/cards
     explain                          which implementation of each op runs here, and why
     new OP                           a folder and a test for a new op, which pass: swiglu's under another name
 """
@@ -29,31 +29,29 @@ def main(words: list[str]) -> str | int:
             card = proof.read(op)
             print(f"{op}\n{card}")
             return int(bool(card.faults))
-        case ["benchmark", op] if (build.ROOT / op / "benchmark.py").exists():
-            return _benchmark(op)
+        case ["benchmark", *ops] if all((build.ROOT / op / "benchmark.py").exists() for op in ops):
+            return _benchmark(ops or sorted(path.parent.name for path in build.ROOT.glob("*/benchmark.py")))
         case ["explain"]:
             print(dispatch.explain())
         case ["new", op]:
             return _new(op, build.ROOT, _TESTS)
-        case ["card" | "benchmark", op]:
+        case ["card" | "benchmark", *_, op]:
             return f"cuda_ext: '{op}' is not an op with a kernel: choose one of {', '.join(build.kernels())}"
         case _:
             return (__doc__ or "").strip()
     return 0
 
 
-def _benchmark(op: str) -> str | int:
-    import torch
-
-    from cuda_ext import measure
-
+def _benchmark(ops: list[str]) -> str | int:
     reason = dispatch.library.why_not(0)
     if reason:
         return f"cuda_ext: nothing can be measured here: {reason}"
-    print(torch.accelerator.current_accelerator(), torch.__version__)
-    for case in (measure.copy_case("cuda"), *measure.cases_of(op, "cuda")):
-        for row in measure.measure(case):
-            print(row, flush=True)
+    import torch
+
+    from cuda_ext import roofline
+
+    card = torch.get_device_module("cuda").get_device_name(0)
+    print(roofline.run(ops, "cuda", card, Path("runs/cards"), roofline.ceilings("cuda")))
     return 0
 
 

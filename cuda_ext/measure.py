@@ -70,11 +70,11 @@ def measure(case: Case, device: str = "cuda", laps: int = _LAPS) -> Iterator[Row
         yield Row(case, side, statistics.median(taken_by), deciles[0], deciles[-1])
 
 
-def copy_case(device: str, gigabytes: int = 1) -> Case:
+def copy_case(device: str, gigabytes: float = 1.0) -> Case:
     """What a card moves when it does nothing else: the measure of all others."""
-    source = torch.empty(gigabytes << 30, dtype=torch.uint8, device=device)
+    source = torch.empty(int(gigabytes * 2**30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Case(f"copy of {gigabytes} GiB", lambda: target.copy_(source), moved=2 * source.numel())
+    return Case(f"copy of {gigabytes:g} GiB", lambda: target.copy_(source), moved=2 * source.numel())
 
 
 def beside_torch(

@@ -1,4 +1,5 @@
-"""Kernels on the emulator: how tests call them, and the measures that all of them are held to.
+"""Kernels on the emulator, or with CUDA_EXT_DEVICE=cuda on a card: how tests call them, and the measures that all of
+them are held to.
 
 A result is held to one rounding of the exact value (worked out in fp64 from the same, already rounded inputs) plus the
 error of sums in fp32; and to 1.1 times the error of eager torch in the same dtype.
@@ -6,6 +7,7 @@ error of sums in fp32; and to 1.1 times the error of eager torch in the same dty
 
 import contextlib
 import mmap
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from cuda_ext import dispatch, library
 
+DEVICE = os.environ.get("CUDA_EXT_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 SCHEDULES = (0, 1, 2)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORESERVE = 0x4000  # Linux: memory is not promised, so that more than there is can be mapped
@@ -22,7 +27,12 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 @contextlib.contextmanager
 def emulated(seed: int = 0, first_block: int = 0, last_block: int = (1 << 63) - 1) -> Iterator[None]:
-    """Within: ops run their kernels on the CPU, threads in the order of `seed`, blocks first to last of each grid."""
+    """Within: ops run their kernels on the CPU, threads in the order of `seed`, blocks first to last of each grid. On a
+    card they simply run."""
+    if DEVICE != "cpu":
+        with dispatch.use("cuda"):
+            yield
+        return
     library.emulate(seed, first_block, last_block)
     try:
         with dispatch.use("emulator"):
@@ -33,7 +43,8 @@ def emulated(seed: int = 0, first_block: int = 0, last_block: int = (1 << 63) - 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(DEVICE, dtype)
 
 
 def rounded_once(got: Tensor, exact: Tensor, sums: float = 4 * 2.0**-24) -> None:
@@ -69,6 +80,8 @@ def shifted(x: Tensor) -> Tensor:
 
 def sparse(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros without memory until they are written: tensors of more elements than the machine could hold."""
+    if DEVICE != "cpu":
+        return torch.zeros(shape, dtype=dtype)
     numel = torch.Size(shape).numel()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
