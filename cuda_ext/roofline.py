@@ -87,9 +87,7 @@ def run(ops: list[str], device: str, card: str, folder: Path, limits: Ceilings, 
 
 
 def _shown(line: Line, before: dict[tuple[str, str, str], float]) -> str:
-    text = (
-        f"{line.op:<18} {line.case:<36} {line.side:<10} {line.microseconds:>10,.1f} us {line.share:>7.1%} of the card"
-    )
+    text = f"{line.op:<18} {line.case:<36} {line.side:<10} {line.microseconds:>10,.1f} us {line.share:>7.1%}"
     old = before.get((line.op, line.case, line.side))
     if old is None or line.microseconds <= _SLOWER * old:
         return text
@@ -111,9 +109,10 @@ def _write(folder: Path, card: str, limits: Ceilings, done: list[Line]) -> Path:
     facts = {"card": card, "torch": torch.__version__, "copy": limits.copy, "product": limits.product}
     path.write_text(json.dumps(facts | {"lines": [asdict(line) for line in done]}, indent=1))
     head = [
-        f"{card}, torch {torch.__version__}, {date.today().isoformat()}: copies {limits.copy / 1e9:,.0f} GB/s, products "
-        f"{limits.product / 1e12:,.1f} TFLOP/s, ridge at {limits.ridge:,.0f} operations a byte. Median of the laps, 10th and "
-        "90th percentile.", "",
+        f"{card}, torch {torch.__version__}, {date.today().isoformat()}: copies {limits.copy / 1e9:,.0f} GB/s, products",
+        f"{limits.product / 1e12:,.1f} TFLOP/s, ridge at {limits.ridge:,.0f} operations a byte. Median of the laps, 10th",
+        "and 90th percentile.",
+        "",
         "| op | size | side | us | GB/s | TFLOP/s | of the card |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     table = path.with_suffix(".md")
