@@ -109,9 +109,9 @@ def _write(folder: Path, card: str, limits: Ceilings, done: list[Line]) -> Path:
     facts = {"card": card, "torch": torch.__version__, "copy": limits.copy, "product": limits.product}
     path.write_text(json.dumps(facts | {"lines": [asdict(line) for line in done]}, indent=1))
     head = [
-        f"{card}, torch {torch.__version__}, {date.today().isoformat()}: copies {limits.copy / 1e9:,.0f} GB/s, products",
-        f"{limits.product / 1e12:,.1f} TFLOP/s, ridge at {limits.ridge:,.0f} operations a byte. Median of the laps, 10th",
-        "and 90th percentile.",
+        f"{card}, torch {torch.__version__}, {date.today().isoformat()}: copies {limits.copy / 1e9:,.0f} GB/s,",
+        f"products {limits.product / 1e12:,.1f} TFLOP/s, ridge at {limits.ridge:,.0f} operations a byte.",
+        "Median of the laps, 10th and 90th percentile.",
         "",
         "| op | size | side | us | GB/s | TFLOP/s | of the card |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cuda_ext.moe.op import permute, unpermute
 from cuda_ext.swiglu.op import swiglu
 from framework.models.config import Activation, ModelConfig
 from framework.models.layers import MLP, Linear, activation, strict_activation
@@ -130,17 +131,10 @@ class Mixture(nn.Module):
         return weights.to(x.dtype), chosen
 
     def _mixed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x[N,D], weights[N,k], chosen[N,k] -> [N,D]. Rows are only moved, one to one, so that backward adds up in one
-        order too."""
-        rows, sizes = places(chosen.flatten(), self.num_experts)
-        copies = x.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
-        taken = x.new_zeros(sum(sizes), x.shape[-1]).index_put((rows,), copies)
-        given = self.experts(taken, sizes)[rows].view(*chosen.shape, -1)
-        mine = (given * weights.unsqueeze(-1)).unbind(1)
-        total = mine[0]
-        for part in mine[1:]:
-            total = total + part
-        return total
+        """x[N,D], weights[N,k], chosen[N,k] -> [N,D]."""
+        flat, sizes = places(chosen.flatten(), self.num_experts)
+        rows = flat.view_as(chosen)
+        return unpermute(self.experts(permute(x, rows, sum(sizes)), sizes), rows, weights)
 
 
 def places(chosen: Tensor, experts: int) -> tuple[Tensor, list[int]]:
