@@ -165,6 +165,7 @@ def _hash(kind: Kind, *sources: Path) -> str:
     """Of sources, of all headers, of the words to the compiler."""
     digest = hashlib.sha256(repr((kind, TARGET)).encode())
     headers = [path for room in ("device", "emulator", "binding") for path in (ROOT / room).iterdir()]
+    headers += [path for source in sources for path in source.parent.glob("*.cuh")]
     for path in sorted([*sources, *headers]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #define SHARED(T, name, count) __shared__ T name[count]
+#define SHARED_ALIGNED(T, name, count) __shared__ __align__(16) T name[count]
 #define DYNAMIC_SHARED(T, name)                          \
   extern __shared__ __align__(16) unsigned char shared_bytes[]; \
   T* name = reinterpret_cast<T*>(shared_bytes)

@@ -265,6 +265,7 @@ T* shared(const void* site, std::size_t count) {
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
+#define dim3 emulator::Extent
 #define threadIdx (emulator::machine.now->thread)
 #define blockIdx (emulator::machine.at)
 #define blockDim (emulator::machine.block)
@@ -274,6 +275,7 @@ T* shared(const void* site, std::size_t count) {
 #define SHARED(T, name, count) \
   static char place_of_##name; \
   T* name = emulator::shared<T>(&place_of_##name, count)
+#define SHARED_ALIGNED SHARED  // new[] aligns to 16 bytes
 #define DYNAMIC_SHARED(T, name) \
   T* name = emulator::shared<T>(&emulator::machine.dynamic_bytes, emulator::machine.dynamic_bytes / sizeof(T))
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
