@@ -318,6 +318,7 @@ T atomicAdd(T* at, T value) {  // integers only in this project: sums of floats 
   *at = old + value;
   return old;
 }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
 inline int multiprocessors() { return emulator::machine.processors; }
