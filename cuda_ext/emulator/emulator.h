@@ -45,6 +45,7 @@ struct Index {
 struct Extent {
   unsigned x = 1, y = 1, z = 1;
   Extent(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  Extent(dim3 from) : x(from.x), y(from.y), z(from.z) {}
 };
 
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
