@@ -319,6 +319,7 @@ T atomicAdd(T* at, T value) {  // integers only in this project: sums of floats 
   *at = old + value;
   return old;
 }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
