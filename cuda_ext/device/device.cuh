@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
 
 #include "device/interface.h"
 
@@ -87,6 +89,22 @@ constexpr int kWide = 16 / sizeof(T);  // numbers in sixteen bytes
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// Calls part(std::integral_constant<int, N>{}, at) for the N numbers of this thread among `numel`, or with 1 for each of
+// the last ones, if they are fewer.
+template <int N, class Part>
+__device__ inline void my_pack(int64_t numel, Part part) {
+  const int64_t start = N * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (start + N <= numel) return part(std::integral_constant<int, N>{}, start);
+  for (int64_t at = start; at < numel; at++) part(std::integral_constant<int, 1>{}, at);
+}
+
+// How many blocks take `items`, so many a block.
+inline unsigned blocks_of(int64_t items, int64_t a_block) {
+  const int64_t blocks = (items + a_block - 1) / a_block;
+  if (blocks > 2147483647) refuse("%lld blocks of %lld: at most 2^31 - 1", (long long)blocks, (long long)a_block);
+  return static_cast<unsigned>(blocks);
+}
+
 // Sums of a warp: every lane gets the same bits, for a + b = b + a.
 __device__ inline float warp_sum(float value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
@@ -118,4 +136,16 @@ void of_dtype(int32_t dtype, Body body) {
   if (dtype == kFloat) return body(float{});
   if (dtype == kBFloat16) return body(__nv_bfloat16{});
   return body(__half{});
+}
+
+// Calls body(T{}, std::integral_constant<int, N>{}): 16 bytes at a time where all of these begin on 16, else one number.
+template <class Body>
+void of_packs(int32_t dtype, std::initializer_list<const void*> pointers, Body body) {
+  bool packs = true;
+  for (const void* pointer : pointers) packs = packs && aligned(pointer);
+  of_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    if (packs) return body(t, std::integral_constant<int, kWide<T>>{});
+    body(t, std::integral_constant<int, 1>{});
+  });
 }

@@ -7,6 +7,7 @@
 // the values; across the C boundary that is a message, and no message means that the work is on the stream.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -88,6 +89,15 @@ inline void check(const char* name, const Tensor& tensor, int32_t dtype, int64_t
   if (tensor.numel() != numel)
     refuse("%s %s has %lld elements, not %lld", name, shape_of(tensor).c_str(), (long long)tensor.numel(),
            (long long)numel);
+  check_contiguous(name, tensor);
+}
+
+// Refuses what has not the dtype and the sizes of `other`, or is not contiguous.
+inline void check_like(const char* name, const Tensor& tensor, const char* name_of_other, const Tensor& other) {
+  const bool same = tensor.dim == other.dim && std::equal(tensor.sizes, tensor.sizes + tensor.dim, other.sizes);
+  if (!same || tensor.dtype != other.dtype)
+    refuse("%s is %s %s beside %s of %s %s: both must be alike", name, name_of(tensor.dtype), shape_of(tensor).c_str(),
+           name_of_other, name_of(other.dtype), shape_of(other).c_str());
   check_contiguous(name, tensor);
 }
 

@@ -45,6 +45,7 @@ struct Index {
 struct Extent {
   unsigned x = 1, y = 1, z = 1;
   Extent(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  Extent(dim3 from) : x(from.x), y(from.y), z(from.z) {}
 };
 
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
@@ -320,6 +321,8 @@ T atomicAdd(T* at, T value) {  // integers only in this project: sums of floats 
   *at = old + value;
   return old;
 }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
 inline int multiprocessors() { return emulator::machine.processors; }
