@@ -43,9 +43,9 @@ class Pooler(Linear):
 class LogProbs(nn.Module):
     """Log-probabilities of labels. Without parameters, so that a plan can put a vocabulary-parallel one here."""
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, strict: bool = False):
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.strict = temperature, strict
 
     def forward(
         self,
@@ -62,6 +62,6 @@ class LogProbs(nn.Module):
         count = len(hidden)
         hidden, labels = F.pad(hidden, (0, 0, 0, -count % 8)), F.pad(labels, (0, -count % 8))
         log_probs, entropy = linear_log_probs(
-            hidden, weight, labels, bias, self.temperature, vocab_size=vocab_size, with_entropy=with_entropy
+            hidden, weight, labels, bias, self.temperature, vocab_size, with_entropy, strict=self.strict
         )
         return log_probs[:count], None if entropy is None else entropy[:count]

@@ -29,7 +29,7 @@ class Scorer(nn.Module):
         self.model = model
         self.sequence = WholeRows()
         self.ends = True  # it has the heads; False in a pipeline stage before the last
-        self.log_probs = LogProbs(temperature)
+        self.log_probs = LogProbs(temperature, strict)
         self.value_head = Linear(size, 1, False, strict) if value_head else None
         self.encodes = model.config.architecture is Architecture.ENCODER
         self.reads_spans = model.config.position is Position.ROTARY_2D
