@@ -14,6 +14,7 @@ import numpy as np
 from framework.checkpoint.manager import Checkpoint
 from framework.cluster.group import Group
 from framework.cluster.session import Cluster, open_cluster
+from framework.core.config import require
 from framework.core.records import PromptBatch, Rollout, Tokenizer
 from framework.core.signals import StopRequest
 from framework.data.hub import SCHEME
@@ -119,6 +120,10 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
     actor, critic = engine_specs(config)
     for spec in (actor, critic):
         model = read_folder(spec.folder)[0]
+        require(
+            model.encoder is None,
+            f"ppo does not train a model of architecture={model.architecture}; it takes one of causal, prefix",
+        )
         check(model, spec.parallel, spec.engine, config.cluster.workers, spec.lora)
         if spec.lora is not None:  # what is not there is refused now
             lora_shapes(model, spec.lora)
