@@ -183,8 +183,13 @@ def _checked_lengths(prompts: PromptBatch, vocab_size: int) -> np.ndarray:
 
 
 def _check_room(lengths: np.ndarray, max_tokens: int, width: int, config: ModelConfig) -> None:
-    """Prompts and answers in one row."""
-    for key, limit in (("the row width", width), ("model.max_positions", config.max_positions)):
+    """Prompts and answers in one row; with a dynamic scaling no longer than the original context, for beyond it every
+    token turns the keys before it anew, and a cache keeps them as they were."""
+    limits = {"the row width": width, "model.max_positions": config.max_positions}
+    if config.scales_by_length:
+        key = "the context in which dynamic rotary scaling leaves a cache's keys as they are, original_positions"
+        limits = {key: config.rope_scaling.original_positions, **limits}
+    for key, limit in limits.items():
         for index in (lengths + max_tokens > limit).nonzero()[0]:
             room = limit - max_tokens
             raise UsageError(

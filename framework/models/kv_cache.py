@@ -64,7 +64,10 @@ class KVCache:
         self.heads = torch.arange(config.kv_heads, device=device).unsqueeze(1)
         self.rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [S, R]
         if config.position is Position.ROTARY:
-            cos, sin = rotary_tables(torch.arange(self.length, device=device).unsqueeze(0), config, dtype)
+            # with dynamic scaling a longer text would turn what is kept anew: positions end where it begins
+            original = config.rope_scaling.original_positions if config.scales_by_length else self.length
+            places = torch.arange(min(self.length, original), device=device).unsqueeze(0)
+            cos, sin = rotary_tables(places, config, dtype)
             self.rotary = (cos[0], sin[0])
 
     def view(self, slots: Tensor | None = None, used: int | None = None) -> "CacheView":
@@ -93,7 +96,8 @@ class CacheView:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, used: int) -> tuple[Tensor, Tensor]:
         """Write k and v[B,T,K,H] of the tokens that `at` was told of; return the first `used` entries of the view's
-        slots, both [B,used,K,H]. A position at or beyond the cache's length is an IndexError."""
+        slots, both [B,used,K,H]. A position at or beyond the cache's length, or the original context of a dynamic
+        scaling, is an IndexError."""
         return self._extended(self.cache.keys[layer], k, used), self._extended(self.cache.values[layer], v, used)
 
     def note_source(self, seen: Tensor) -> None:

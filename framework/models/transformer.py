@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from framework.core.config import require
 from framework.core.errors import UsageError
+from framework.core.records import document_lengths
 from framework.models.attention import Attention, Context, CrossAttention
 from framework.models.config import Architecture, ModelConfig, NormPlace, Position
 from framework.models.heads import HeadTransform, OutputBias
@@ -219,7 +220,7 @@ class Transformer(nn.Module):
         span_positions: Tensor | None,
         cache: CacheView | None,
     ) -> Context:
-        tables = self._tables(positions, span_positions, cache, hidden.dtype)
+        tables = self._tables(positions, document_ids, span_positions, cache, hidden.dtype)
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
         # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
         standing = places if document_ids is None else positions
@@ -240,13 +241,21 @@ class Transformer(nn.Module):
         return Context(positions, tables, whole, close, cache, keys)
 
     def _tables(
-        self, positions: Tensor, span_positions: Tensor | None, cache: CacheView | None, dtype: torch.dtype
+        self,
+        positions: Tensor,
+        document_ids: Tensor | None,
+        span_positions: Tensor | None,
+        cache: CacheView | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, [B|1,T,R] each; of two kinds of positions one behind the other."""
         if not self.config.rotary_parts:
             return None
         known = None if cache is None else cache.rotary(positions)
-        cos, sin = rotary_tables(positions, self.config, dtype) if known is None else known
+        if known is None:
+            lengths = _lengths(positions, document_ids) if self.config.scales_by_length else None
+            known = rotary_tables(positions, self.config, dtype, lengths)
+        cos, sin = known
         if self.config.rotary_parts == 1:
             return cos, sin
         inner = torch.zeros_like(positions) if span_positions is None else span_positions
@@ -285,6 +294,13 @@ def _position_embedding(config: ModelConfig) -> nn.Module | None:
         return Sinusoids(config.hidden_size)
     learned = config.position is Position.LEARNED
     return nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+
+
+def _lengths(positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    """[B|1,T|1]: how long the document of each token is."""
+    if document_ids is None:
+        return positions.amax(1, keepdim=True) + 1
+    return document_lengths(positions.expand_as(document_ids), document_ids)
 
 
 def _across(document_ids: Tensor | None, encoder_document_ids: Tensor | None) -> View:
