@@ -135,8 +135,14 @@ def test_t5_learns_hidden_spans_and_opens_in_transformers(
     torch.testing.assert_close(mine, theirs(read, decoder_input_ids=written).logits, rtol=0, atol=1e-4)
     assert theirs.generate(read, max_new_tokens=4).shape[1] > 1
     capsys.readouterr()
-    assert main(["generate", str(folder / "model"), "春"]) == 2
-    assert "architecture=encoder_decoder, position=relative writes no text here" in capsys.readouterr().err
+    ask = ["generate", str(folder / "model"), "春風", "--temperature", "0", "--max-tokens", "4", "--device", "cpu"]
+    assert main(ask) == 0
+    x = torch.tensor([[*tokenizer("春風").input_ids, tokenizer.eos_token_id]])  # as what it was trained to read ends
+    answer = tokenizer.decode(theirs.generate(x, max_new_tokens=4, do_sample=False)[0], skip_special_tokens=True)
+    assert capsys.readouterr().out == f"春風\t{answer}\n"
+    ppo = ["ppo", f"init_from={folder}/model", "ppo.reward=verse_form", "data.train=[corpora/tang/prompts.test.jsonl]"]
+    assert main([*ppo, *_QUIET[:3]]) == 2
+    assert "ppo does not train a model of architecture=encoder_decoder" in capsys.readouterr().err
     assert main(["sft", f"init_from={folder}/model", "data.train=[corpora/tang/sft.valid.jsonl]", *_QUIET[:3]]) == 2
     assert "sft does not train a model of architecture=encoder_decoder" in capsys.readouterr().err
 

@@ -97,8 +97,13 @@ class TokenBatch(Record):
 
     def lengths(self) -> Tensor:
         """[B, T] int64: how many tokens the document of each token has."""
-        longest = self.positions.new_zeros(len(self.positions), int(self.document_ids.max()) + 1)
-        return longest.scatter_reduce(1, self.document_ids, self.positions + 1, "amax").gather(1, self.document_ids)
+        return document_lengths(self.positions, self.document_ids)
+
+
+def document_lengths(positions: Tensor, document_ids: Tensor) -> Tensor:
+    """[B, T] int64: the length of each token's document, by positions[B, T] within it and document_ids[B, T]."""
+    longest = positions.new_zeros(len(positions), int(document_ids.max()) + 1)
+    return longest.scatter_reduce(1, document_ids, positions + 1, "amax").gather(1, document_ids)
 
 
 @record

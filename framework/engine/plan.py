@@ -66,6 +66,11 @@ def check(
             f"model.{axis} does not go with parallel.context={sizes['context']}: which knows causal attention within "
             "documents alone; choose parallel=tp, fsdp or pp",
         )
+    require(
+        sizes["context"] == 1 or not model.scales_by_length,
+        f"model.rope_scaling.kind=dynamic does not go with parallel.context={sizes['context']}, whose ranks hold parts "
+        "of documents and not how long they are; choose parallel=tp, fsdp or pp",
+    )
     _check_experts(model, parallel, engine, sizes["context"])
     stages = sizes["pipeline"] * parallel.stages_per_rank
     for axis, is_set in ((sees, model.encoder is not None), ("position=relative", model.position is Position.RELATIVE)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from framework.generation.config import SamplingConfig
+from framework.generation.reading import Reader, Source
 from framework.generation.sampling import require_finite, sample, sampling_uniforms
 from framework.models.config import Architecture
 from framework.models.kv_cache import CacheView, KVCache
@@ -27,6 +28,7 @@ class Board:
 
     Prompt "7 8", after the answer "4 9" with 9 = end of text, W=5:
         tokens [[7, 8, 4, 9, 0]]   log_probs [[0, 0, -1.2, -0.3, 0]]   prompt_lengths [2]   lengths [4]   stopped [True]
+    Where an encoder reads the prompts (`source`), a row begins with the decoder's start token alone.
     """
 
     tokens: Tensor  # [R, W] int64, on the model's device
@@ -36,6 +38,7 @@ class Board:
     prompt_lengths: Integers  # [R]
     lengths: Integers  # [R] tokens so far
     stopped: np.ndarray  # [R] bool: ended with a stop token
+    source: Source | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -63,7 +66,7 @@ class Decoding:
         one_token: OneToken | None = None,
     ):
         """`one_token`: a compiled `next_logits`. It is called with all slots, busy or not, of a cache whose length is a
-        power of two, so that few shapes have to be compiled."""
+        power of two, so that few shapes have to be compiled; so is that of what an encoder reads."""
         self.model, self.board, self.sampling, self.seed = model, board, sampling, seed
         self.stop_ids = stop_ids.cpu().numpy()
         self.device = board.tokens.device
@@ -73,8 +76,11 @@ class Decoding:
         if one_token is None:
             slots = min(slots, len(board))
         else:
-            width = max(64, 1 << (width - 1).bit_length())
-        self.cache = KVCache(model.config, slots, width, board.log_probs.dtype, self.device)
+            width = _power_of_two(width)
+        self.reader = None if board.source is None else Reader(model, board.source)
+        reads = 0 if board.source is None else board.source.tokens.shape[1]
+        reads = _power_of_two(reads) if reads and one_token is not None else reads
+        self.cache = KVCache(model.config, slots, width, board.log_probs.dtype, self.device, reads)
         self.uniforms = torch.zeros(slots, sampling.max_tokens, dtype=torch.float64, device=self.device)
         self.row_in = np.full(slots, -1)  # which row of the board a slot holds; -1 = free
         self.next_row = 0
@@ -104,10 +110,13 @@ class Decoding:
             self.seed, board.row[at][:, None], board.sample[at][:, None], places
         )
         longest = int(lengths.max())
+        states, real = (None, None) if self.reader is None else self.reader.states(rows)
         hidden = self.model(
             board.tokens[at, :longest],
             positions=torch.arange(longest, device=self.device).expand(len(rows), -1),
             prefix_lengths=self._on_device(lengths) if self._sees_prompts_whole else None,
+            encoder_tokens=states,
+            encoder_document_ids=real,
             cache=self._view(slots, longest),
         )
         last = hidden[torch.arange(len(rows), device=self.device), self._on_device(lengths - 1)]
@@ -154,3 +163,8 @@ class Decoding:
 
     def _on_device(self, values: Integers) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+
+def _power_of_two(length: int) -> int:
+    """The next one, from 64 on."""
+    return max(64, 1 << (length - 1).bit_length())

@@ -16,6 +16,7 @@ from framework.core.errors import UsageError, nearest
 from framework.core.records import PromptBatch, Rollout
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.decoding import Board, Decoding, OneToken, next_logits
+from framework.generation.reading import Source
 from framework.models.attention import Attention
 from framework.models.config import Architecture, LoraConfig, ModelConfig, Position
 from framework.models.layers import MLP
@@ -28,6 +29,7 @@ class NativeGenerator:
 
     With `generation.strict` a row's bits depend on the weights, its prompt, its coordinates and `width` alone: not on
     the number of slots nor on the other rows; and its log-probs are those of a strict Scorer on rows of that width.
+    Where an encoder reads the prompts, also on the length that they are padded to.
     """
 
     def __init__(
@@ -38,17 +40,24 @@ class NativeGenerator:
         device: torch.device | str = "cpu",
         pause: Callable[[], None] = lambda: None,
         lora: LoraConfig | None = None,
+        start_id: int = 0,
     ):
         """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten. `lora`: an
-        adapter beside the model, whose tensors are loaded too."""
+        adapter beside the model, whose tensors are loaded too. `start_id`: what a decoder beside an encoder begins
+        with (T5: its pad token, 0)."""
         require(
-            config.architecture in (Architecture.CAUSAL, Architecture.PREFIX)
-            and config.position is not Position.ROTARY_2D,
+            config.architecture is not Architecture.ENCODER and config.position is not Position.ROTARY_2D,
             f"a model of architecture={config.architecture}, position={config.position} writes no text here: only "
-            "causal and prefix models with one kind of positions do",
+            "causal, prefix and encoder_decoder models with one kind of positions do",
         )
         require(generation.slots >= 1, f"generation.slots={generation.slots} must be at least 1")
+        require(
+            config.encoder is None or 0 <= start_id < config.vocab_size,
+            f"start_id={start_id} is no token of the model's vocabulary of {config.vocab_size}",
+        )
         self.config = config
+        self.reads_apart = config.encoder is not None
+        self.start_id = start_id
         self.slots = generation.slots
         self.device = torch.device(device)
         self.pause = pause
@@ -86,8 +95,8 @@ class NativeGenerator:
         seed: int = 0,
         width: int | None = None,
     ) -> Rollout:
-        """See the protocol; `width` defaults to the prompts' padded length + sampling.max_tokens. The rollout stands on
-        the prompts' device."""
+        """See the protocol; `width` defaults to the prompts' padded length (1 where an encoder reads them) +
+        sampling.max_tokens. The rollout stands on the prompts' device."""
         self._require_whole_policy()
         board = self._board(prompts, sampling, samples, width)
         for _ in Decoding(self._model, board, sampling, self._stop_ids, self.slots, seed, self._one_token).run():
@@ -118,16 +127,21 @@ class NativeGenerator:
 
     def _board(self, prompts: PromptBatch, sampling: SamplingConfig, samples: int, width: int | None) -> Board:
         require(samples >= 1, f"samples={samples} must be at least 1")
-        width = width or prompts.tokens.shape[1] + sampling.max_tokens
-        lengths = _checked_lengths(prompts, sampling.max_tokens, width, self.config)
+        width = width or (1 if self.reads_apart else prompts.tokens.shape[1]) + sampling.max_tokens
+        lengths = _checked_lengths(prompts, self.config.vocab_size)
+        (_check_apart if self.reads_apart else _check_room)(lengths, sampling.max_tokens, width, self.config)
         rows = len(prompts) * samples
         tokens = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
+        asked, source = torch.where(prompts.token_mask, prompts.tokens, 0).to(self.device), None
+        if self.reads_apart:
+            source = Source(asked, torch.from_numpy(lengths).to(self.device), samples)
+            asked, lengths = torch.full((len(prompts), 1), self.start_id, device=self.device), np.ones_like(lengths)
         longest = int(lengths.max(initial=0))
-        kept = torch.where(prompts.token_mask, prompts.tokens, 0)[:, :longest]
-        tokens[:, :longest] = kept.repeat_interleave(samples, 0).to(self.device)
+        tokens[:, :longest] = asked[:, :longest].repeat_interleave(samples, 0)
         lengths = lengths.repeat(samples)
         return Board(
             tokens=tokens,
+            source=source,
             log_probs=torch.zeros(rows, width, device=self.device),
             row=prompts.row.repeat_interleave(samples).to(self.device),
             sample=torch.arange(samples, device=self.device).repeat(len(prompts)),
@@ -151,7 +165,7 @@ def _join(model: Transformer) -> None:
             part.join()
 
 
-def _checked_lengths(prompts: PromptBatch, max_tokens: int, width: int, config: ModelConfig) -> np.ndarray:
+def _checked_lengths(prompts: PromptBatch, vocab_size: int) -> np.ndarray:
     """Tokens of each prompt, or an error that names the first prompt that cannot be answered, and why."""
     mask = prompts.token_mask.cpu()
     lengths = mask.sum(1)
@@ -159,21 +173,44 @@ def _checked_lengths(prompts: PromptBatch, max_tokens: int, width: int, config: 
         raise UsageError(f"prompt {index} (row {int(prompts.row[index])}) is empty: it needs at least one token")
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise UsageError("prompts must be padded on the right: token_mask has a True behind a False")
-    for key, limit in (("the row width", width), ("model.max_positions", config.max_positions)):
-        for index in (lengths + max_tokens > limit).nonzero().flatten().tolist():
-            room = limit - max_tokens
-            raise UsageError(
-                f"prompt {index} has {int(lengths[index])} tokens; with max_tokens={max_tokens} it does not fit into "
-                f"{key}={limit}: "
-                + (f"prompts may have up to {room}" if room > 0 else f"max_tokens must be below {limit}")
-            )
-    unknown = mask & ((prompts.tokens.cpu() < 0) | (prompts.tokens.cpu() >= config.vocab_size))
+    unknown = mask & ((prompts.tokens.cpu() < 0) | (prompts.tokens.cpu() >= vocab_size))
     for index, place in unknown.nonzero().tolist():
         raise UsageError(
             f"prompt {index} holds token {int(prompts.tokens[index, place])}; the model's vocabulary has "
-            f"{config.vocab_size}: take the tokenizer that the model was trained with"
+            f"{vocab_size}: take the tokenizer that the model was trained with"
         )
     return lengths.numpy()
+
+
+def _check_room(lengths: np.ndarray, max_tokens: int, width: int, config: ModelConfig) -> None:
+    """Prompts and answers in one row; with a dynamic scaling no longer than the original context, for beyond it every
+    token turns the keys before it anew, and a cache keeps them as they were."""
+    limits = {"the row width": width, "model.max_positions": config.max_positions}
+    if config.scales_by_length:
+        key = "the context in which dynamic rotary scaling leaves a cache's keys as they are, original_positions"
+        limits = {key: config.rope_scaling.original_positions, **limits}
+    for key, limit in limits.items():
+        for index in (lengths + max_tokens > limit).nonzero()[0]:
+            room = limit - max_tokens
+            raise UsageError(
+                f"prompt {index} has {lengths[index]} tokens; with max_tokens={max_tokens} it does not fit into "
+                f"{key}={limit}: "
+                + (f"prompts may have up to {room}" if room > 0 else f"max_tokens must be below {limit}")
+            )
+
+
+def _check_apart(lengths: np.ndarray, max_tokens: int, width: int, config: ModelConfig) -> None:
+    """Prompts that an encoder reads, and rows that hold a start token and an answer. Relative positions (T5) have no
+    end: from one distance on all share a number."""
+    limit = width if config.position is Position.RELATIVE else min(width, config.max_positions)
+    require(
+        max_tokens < limit,
+        f"max_tokens={max_tokens} behind a start token does not fit into rows of {limit}: choose at most {limit - 1}",
+    )
+    for index in (lengths > config.max_positions).nonzero()[0] if config.position is not Position.RELATIVE else ():
+        raise UsageError(
+            f"prompt {index} has {lengths[index]} tokens; the encoder reads model.max_positions={config.max_positions}"
+        )
 
 
 def _rollout(board: Board, version: int) -> Rollout:

@@ -12,6 +12,8 @@ from framework.generation.config import SamplingConfig
 class Generator(Protocol):
     """Collective where it has several ranks; every token carries the version of the policy that drew it."""
 
+    reads_apart: bool  # an encoder reads the prompts; a row is then the decoder's: its start token and the response
+
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take (logical name, full tensor) of a policy and its version; may be called with a part at a time."""
 

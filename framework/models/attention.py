@@ -29,7 +29,7 @@ class Context:
     cache: CacheView | None
     keys: int  # S: how many keys a query is shown
     real: Tensor | None = None  # [B,T] bool: False at padding, which has no part in the balance of experts
-    source: Tensor | None = None  # [B,S,D]: what an encoder has read
+    source: Tensor | None = None  # [B,S,D]: what an encoder has read; None where a cache keeps it
     across: View | None = None  # what of it a query sees
 
 
@@ -73,7 +73,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
-        q, k, v = self._projected(x, x)
+        q, k, v = (self.q(x), self.k(x), self.v(x)) if self.joined is None else self.joined(x)
+        q, (k, v) = self._queries(q), self._keys(k, v)
         if context.rotary is not None:
             q, k = (turn(x, context.rotary, self.interleaved, self.rotary_parts) for x in (q, k))
         if context.cache is not None:
@@ -81,25 +82,30 @@ class Attention(nn.Module):
         view = context.near if self.windowed else context.whole
         return self.o(self.core(q, k, v, view.mask, view.causal).flatten(2))
 
-    def _projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q of x[B,T,D], k and v of source[B,S,D], by heads."""
-        if self.joined is None:
-            q, k, v = self.q(x), self.k(source), self.v(source)
-        else:
-            q, k, v = self.joined(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q * self.head_size**0.5 if self.unscaled else q, k, v
+    def _queries(self, q: Tensor) -> Tensor:
+        """By heads: [B,T,N*H] -> [B,T,N,H]."""
+        q = q.unflatten(-1, (-1, self.head_size))
+        q = q if self.q_norm is None else self.q_norm(q)
+        return q * self.head_size**0.5 if self.unscaled else q
+
+    def _keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """By heads: [B,S,K*H] -> [B,S,K,H] each."""
+        k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (k, v))
+        return k if self.k_norm is None else self.k_norm(k), v
 
 
 class CrossAttention(Attention):
-    """Attention to what an encoder has read: nothing turns, for there is no distance between two texts. Keys and values
-    are made anew at every call."""
+    """Attention to what an encoder has read: nothing turns, for there is no distance between two texts. With a cache,
+    keys and values are made once, by the call that is given a source."""
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x[B,T,D] -> [B,T,D]."""
-        assert context.source is not None
         assert context.across is not None
-        q, k, v = self._projected(x, context.source)
+        q = self._queries(self.q(x))
+        if context.source is not None:
+            k, v = self._keys(self.k(context.source), self.v(context.source))
+            if context.cache is not None:
+                context.cache.keep_source(self.index, k, v)
+        if context.cache is not None:
+            k, v = context.cache.kept_source(self.index)
         return self.o(self.core(q, k, v, context.across.mask, context.across.causal).flatten(2))

@@ -39,6 +39,7 @@ class Scaling(Choice):
     LINEAR = "linear"  # all frequencies / factor (Chen et al. 2023)
     LLAMA3 = "llama3"  # / factor below `slow` turns, kept above `fast`, blended by turns between (Llama 3.1)
     YARN = "yarn"  # likewise, blended by index, and cos and sin times `sharpness` (Peng et al. 2023, section 3)
+    DYNAMIC = "dynamic"  # theta (factor L / original - factor + 1)^(R/(R-2)), L a longer document's length (NTK)
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,20 @@ class RopeScaling:
 
     kind: Scaling = Scaling.NONE
     factor: float = 1.0  # the longer context / the original one
-    original_positions: int = 0  # the context that the frequencies were made for; llama3 and yarn
+    original_positions: int = 0  # the context that the frequencies were made for; llama3, yarn and dynamic
     slow: float = 1.0  # turns; llama3 and yarn
     fast: float = 0.0  # turns; 0 = 4 (llama3), 32 (yarn)
     sharpness: float = 0.0  # yarn; 0 = 1 + ln(factor) / 10
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, f"model.rope_scaling.factor={self.factor} must be at least 1")
-        needs_original = self.kind in (Scaling.LLAMA3, Scaling.YARN)
+        blends = self.kind in (Scaling.LLAMA3, Scaling.YARN)
         require(
-            not needs_original or self.original_positions > 0,
+            not (blends or self.kind is Scaling.DYNAMIC) or self.original_positions > 0,
             f"model.rope_scaling.kind={self.kind} needs model.rope_scaling.original_positions: the context before it",
         )
         require(
-            not needs_original or 0 < self.slow < self.upper,
+            not blends or 0 < self.slow < self.upper,
             f"model.rope_scaling.slow={self.slow} must be between 0 and rope_scaling.fast={self.upper}",
         )
 
@@ -214,6 +215,12 @@ class ModelConfig:
         )
         self._check_experts()
         self._check_stacks()
+        require(
+            not self.scales_by_length
+            or (self.rotary_parts == 1 and self.turned_size > 2 and self.architecture != Architecture.ENCODER_DECODER),
+            "model.rope_scaling.kind=dynamic goes with model.position=rotary that turns more than 2 numbers of a head, "
+            f"and not with encoder_decoder; got {self.position}, {self.turned_size} and {self.architecture}",
+        )
 
     def _check_stacks(self) -> None:
         """An encoder beside a decoder, and what both take from each other."""
@@ -295,6 +302,11 @@ class ModelConfig:
     def rotary_parts(self) -> int:
         """By how many kinds of rotary positions a head turns, each its own share of it."""
         return {Position.ROTARY: 1, Position.ROTARY_2D: 2}.get(self.position, 0)
+
+    @property
+    def scales_by_length(self) -> bool:
+        """Whether how far rotary positions turn depends on the length of the document."""
+        return self.rope_scaling.kind is Scaling.DYNAMIC and self.rotary_parts > 0
 
     @property
     def encoder(self) -> "ModelConfig | None":

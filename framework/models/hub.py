@@ -116,6 +116,18 @@ def read_architecture(path: Path) -> tuple[ModelConfig, Family]:
         raise UsageError(f"{path / 'config.json'} does not describe a {family.model_type} model: {error}") from None
 
 
+def read_start(folder: str | Path) -> int | None:
+    """What a folder says its decoder begins with: `decoder_start_token_id` of generation_config.json, which is what
+    transformers goes by, else of config.json; None where neither does."""
+    path = locate(folder)
+    path = locate(open_adapter(path).base) if is_adapter(path) else path
+    for file in (path / "generation_config.json", path / "config.json"):
+        found = _read_object(file).get("decoder_start_token_id") if file.is_file() else None
+        if isinstance(found, int):
+            return found
+    return None
+
+
 def save_weights(
     config: ModelConfig,
     weights: Iterable[tuple[str, Tensor]],

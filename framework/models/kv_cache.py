@@ -11,13 +11,18 @@ anything sees it.
     first = hidden[[0, 1], [2, 4]]                    # the state behind each prompt's last real token
     # one token for every slot, each at its own position
     hidden = model(tokens[4,1], positions=lengths[:, None], cache=cache.view())
+
+Beside an encoder a slot also keeps the keys and values of what was read for it: they are written by the forward that is
+given `encoder_tokens`, and seen by those that are not.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from framework.core.config import require
 from framework.models.config import ModelConfig, Position
 from framework.models.positions import rotary_tables
 
@@ -36,17 +41,33 @@ class KVCache:
         length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        source_length: int = 0,
     ):
+        """`source_length`: the longest text that an encoder reads for a slot; 0 where there is none."""
+        require(
+            (source_length > 0) == (config.encoder is not None),
+            f"source_length={source_length} does not go with model.architecture={config.architecture}: what an encoder "
+            "reads needs room, and without one there is nothing to keep",
+        )
         self.slots = slots
         self.length = -(-length // 8) * 8
-        shape, layers = (slots, config.kv_heads, self.length, config.head_size), range(config.num_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+
+        def zeros(places: int) -> list[Tensor]:
+            shape = (slots, config.kv_heads, places, config.head_size)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+        self.keys, self.values = zeros(self.length), zeros(self.length)
+        self.source_keys, self.source_values = zeros(source_length), zeros(source_length)
+        # a slot that holds nothing yet sees zeros: a row without any key would be NaN
+        self.source_seen = torch.ones(slots, source_length, dtype=torch.bool, device=device)
         self.every = torch.arange(slots, device=device)
         self.heads = torch.arange(config.kv_heads, device=device).unsqueeze(1)
         self.rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [S, R]
         if config.position is Position.ROTARY:
-            cos, sin = rotary_tables(torch.arange(self.length, device=device).unsqueeze(0), config, dtype)
+            # with dynamic scaling a longer text would turn what is kept anew: positions end where it begins
+            original = config.rope_scaling.original_positions if config.scales_by_length else self.length
+            places = torch.arange(min(self.length, original), device=device).unsqueeze(0)
+            cos, sin = rotary_tables(places, config, dtype)
             self.rotary = (cos[0], sin[0])
 
     def view(self, slots: Tensor | None = None, used: int | None = None) -> "CacheView":
@@ -67,8 +88,7 @@ class CacheView:
 
     def at(self, positions: Tensor) -> "CacheView":
         """This view for tokens at positions[B,T]."""
-        slots = self.cache.every if self.slots is None else self.slots
-        return replace(self, place=(slots.view(-1, 1, 1), self.cache.heads, positions.unsqueeze(1)))
+        return replace(self, place=(self._slots().view(-1, 1, 1), self.cache.heads, positions.unsqueeze(1)))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """`rotary_tables` of positions[B,T], looked up: the same bits, for an angle is rounded from fp64."""
@@ -76,8 +96,34 @@ class CacheView:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, used: int) -> tuple[Tensor, Tensor]:
         """Write k and v[B,T,K,H] of the tokens that `at` was told of; return the first `used` entries of the view's
-        slots, both [B,used,K,H]. A position at or beyond the cache's length is an IndexError."""
+        slots, both [B,used,K,H]. A position at or beyond the cache's length, or the original context of a dynamic
+        scaling, is an IndexError."""
         return self._extended(self.cache.keys[layer], k, used), self._extended(self.cache.values[layer], v, used)
+
+    def note_source(self, seen: Tensor) -> None:
+        """Take note of which places of what an encoder has read count, seen[B,S] bool."""
+        slots, length = self._slots(), self.cache.source_seen.shape[1]
+        require(seen.shape[1] <= length, f"an encoder read {seen.shape[1]} places, the cache has room for {length}")
+        self.cache.source_seen[slots] = F.pad(seen, (0, length - seen.shape[1]))
+
+    def keep_source(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write k and v[B,S,K,H] of what an encoder has read."""
+        slots = self._slots()
+        for entries, new in ((self.cache.source_keys[layer], k), (self.cache.source_values[layer], v)):
+            entries[slots, :, : new.shape[1]] = new.to(entries.dtype).transpose(1, 2)
+
+    def kept_source(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What `keep_source` wrote for the view's slots, all of its places: both [B,S,K,H]."""
+        both = (self.cache.source_keys[layer], self.cache.source_values[layer])
+        k, v = both if self.slots is None else (x[self.slots] for x in both)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def seen_source(self) -> Tensor:
+        """[B,S] bool: what `note_source` was told."""
+        return self.cache.source_seen if self.slots is None else self.cache.source_seen[self.slots]
+
+    def _slots(self) -> Tensor:
+        return self.cache.every if self.slots is None else self.slots
 
     def _extended(self, entries: Tensor, new: Tensor, used: int) -> Tensor:
         assert self.place is not None, "a view must be told its positions first"

@@ -1,9 +1,9 @@
 """How tokens know their place: the cosines and sines of rotary embedding, the slopes of linear biases, the buckets of
 relative ones, computed where and when they are used.
 
-No table of positions is stored: nothing to keep in step with a longer context. Left out: frequencies that
-depend on the longest row of a batch (dynamic NTK), with which a row's answer would depend on the other rows, and a
-token's on what comes after it.
+No table of positions is stored: nothing to keep in step with a longer context. Dynamic NTK scaling goes by the length
+of each document, where transformers goes by the longest row of a batch: a token's state then depends on how long its
+own document is, on nothing that comes after it, and on no other document.
 """
 
 import math
@@ -15,27 +15,42 @@ from cuda_ext.rotary.op import rotary
 from framework.models.config import Architecture, ModelConfig, RopeScaling, Scaling
 
 
-def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, config: ModelConfig, dtype: torch.dtype, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [B|1,T,R], of positions[B|1,T] times the frequencies, both halves alike; R = config.turned_size.
+    lengths[B|1,T|1] of the tokens' documents count for a dynamic scaling; None: no longer than its original context.
 
     In at least fp32. Angles are taken in fp64: in fp32 an angle at position 100,000 is off by 0.004, and the bits of
     a cosine would depend on its place in the buffer.
     """
-    angles = positions.unsqueeze(-1).double() * frequencies(config, positions.device)
+    angles = positions.unsqueeze(-1).double() * frequencies(config, positions.device, lengths)
     wide, sharpness = torch.promote_types(dtype, torch.float32), _sharpness(config.rope_scaling)
     cos, sin = (angles.cos() * sharpness).to(wide), (angles.sin() * sharpness).to(wide)
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
-def frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
-    """[R/2] fp64: the angle by which pair i turns from one position to the next, theta^(-2i/R), scaled."""
+def frequencies(config: ModelConfig, device: torch.device | str = "cpu", lengths: Tensor | None = None) -> Tensor:
+    """[R/2] fp64: the angle by which pair i turns from one position to the next, theta^(-2i/R), scaled; by lengths[...]
+    of documents, where the scaling is dynamic, [...,R/2]."""
     size, scaling = config.turned_size, config.rope_scaling
     exponents = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
     plain = config.rope_theta**-exponents
+    if scaling.kind is Scaling.DYNAMIC:
+        return plain if lengths is None else _by_length(plain, exponents, lengths.unsqueeze(-1), config)
     if scaling.kind is Scaling.NONE:
         return plain
     kept = _kept(plain, config)
     return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def _by_length(plain: Tensor, exponents: Tensor, lengths: Tensor, config: ModelConfig) -> Tensor:
+    """Dynamic NTK (bloc97 and emozilla 2023), lengths[...,1] -> [...,R/2]: a base that grows with a document beyond the
+    original context L0, theta' = theta (factor L / L0 - factor + 1)^(R/(R-2)), and plain frequencies up to there."""
+    scaling, size = config.rope_scaling, config.turned_size
+    stretch = scaling.factor * lengths.double() / scaling.original_positions - (scaling.factor - 1)
+    base = config.rope_theta * stretch.clamp(min=1) ** (size / (size - 2))
+    return torch.where(lengths > scaling.original_positions, base**-exponents, plain)
 
 
 def _kept(plain: Tensor, config: ModelConfig) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from framework.core.config import require
 from framework.core.errors import UsageError
+from framework.core.records import document_lengths
 from framework.models.attention import Attention, Context, CrossAttention
 from framework.models.config import Architecture, ModelConfig, NormPlace, Position
 from framework.models.heads import HeadTransform, OutputBias
@@ -120,8 +121,8 @@ class Transformer(nn.Module):
         what stands in a span, span_positions[B,T] > 0 (from 1 on; 0 in the text around), is none of it.
         token_types[B,T] default to 0. encoder_tokens[B,S] is what an encoder reads, or states[B,S,D] that `encode` has
         made of it; of encoder_document_ids[B,S] a token sees those equal to its own, or all but 0. With `cache`, rows
-        are the view's slots, and positions say where in them the tokens stand. real[B,T]: False at padding, for the
-        balance of experts alone.
+        are the view's slots, and positions say where in them the tokens stand; what an encoder has read is given once
+        for each slot, and kept. real[B,T]: False at padding, for the balance of experts alone.
         """
         self._refuse_unread(
             token_types=token_types,
@@ -130,7 +131,7 @@ class Transformer(nn.Module):
             encoder_tokens=encoder_tokens,
             cache=cache,
         )
-        source = self._source(encoder_tokens, encoder_document_ids)
+        source = self._source(encoder_tokens, encoder_document_ids, cache)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = tokens if self.embedding is None else self.embedding(tokens)
@@ -140,7 +141,7 @@ class Transformer(nn.Module):
             hidden = hidden + self.type_embedding(torch.zeros_like(positions) if token_types is None else token_types)
         hidden = _normed(hidden, self.embedding_norm)
         context = self._context(hidden, positions, document_ids, prefix_lengths, span_positions, cache)
-        across = None if source is None else _across(document_ids, encoder_document_ids)
+        across = self._across(source, document_ids, encoder_document_ids, cache)
         context = replace(context, real=real, source=source, across=across)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
@@ -167,12 +168,27 @@ class Transformer(nn.Module):
         states: Tensor = self.encoder(self.embedding(tokens), positions=places, document_ids=document_ids)
         return states
 
-    def _source(self, tokens: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
-        if self.encoder is None:
+    def _source(self, tokens: Tensor | None, document_ids: Tensor | None, cache: CacheView | None) -> Tensor | None:
+        if self.encoder is None or (tokens is None and cache is not None):
             return None
         if tokens is None:
             raise UsageError("a model of architecture=encoder_decoder needs encoder_tokens: the text that it reads")
         return tokens if tokens.is_floating_point() else self.encode(tokens, document_ids)
+
+    def _across(
+        self,
+        source: Tensor | None,
+        document_ids: Tensor | None,
+        encoder_document_ids: Tensor | None,
+        cache: CacheView | None,
+    ) -> View | None:
+        """What a decoder's token sees of what an encoder has read; a cache is told of it once for each slot."""
+        if cache is None or self.encoder is None:
+            return None if source is None else _across(document_ids, encoder_document_ids)
+        if source is not None:
+            every = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+            cache.note_source(every if encoder_document_ids is None else encoder_document_ids > 0)
+        return View(cache.seen_source()[:, None, None], causal=False)
 
     def drop_head(self) -> None:
         """Leave the language head out: a classifier has none."""
@@ -206,7 +222,7 @@ class Transformer(nn.Module):
         span_positions: Tensor | None,
         cache: CacheView | None,
     ) -> Context:
-        tables = self._tables(positions, span_positions, cache, hidden.dtype)
+        tables = self._tables(positions, document_ids, span_positions, cache, hidden.dtype)
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
         # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
         standing = places if document_ids is None else positions
@@ -227,13 +243,21 @@ class Transformer(nn.Module):
         return Context(positions, tables, whole, close, cache, keys)
 
     def _tables(
-        self, positions: Tensor, span_positions: Tensor | None, cache: CacheView | None, dtype: torch.dtype
+        self,
+        positions: Tensor,
+        document_ids: Tensor | None,
+        span_positions: Tensor | None,
+        cache: CacheView | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, [B|1,T,R] each; of two kinds of positions one behind the other."""
         if not self.config.rotary_parts:
             return None
         known = None if cache is None else cache.rotary(positions)
-        cos, sin = rotary_tables(positions, self.config, dtype) if known is None else known
+        if known is None:
+            lengths = _lengths(positions, document_ids) if self.config.scales_by_length else None
+            known = rotary_tables(positions, self.config, dtype, lengths)
+        cos, sin = known
         if self.config.rotary_parts == 1:
             return cos, sin
         inner = torch.zeros_like(positions) if span_positions is None else span_positions
@@ -272,6 +296,13 @@ def _position_embedding(config: ModelConfig) -> nn.Module | None:
         return Sinusoids(config.hidden_size)
     learned = config.position is Position.LEARNED
     return nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+
+
+def _lengths(positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    """[B|1,T|1]: how long the document of each token is."""
+    if document_ids is None:
+        return positions.amax(1, keepdim=True) + 1
+    return document_lengths(positions.expand_as(document_ids), document_ids)
 
 
 def _across(document_ids: Tensor | None, encoder_document_ids: Tensor | None) -> View:

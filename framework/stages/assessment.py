@@ -113,6 +113,7 @@ class _Policy:
     """The generator group, as something that runs tasks may hold."""
 
     roles: Roles
+    reads_apart = False  # ppo trains no model whose encoder reads the prompts
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig, samples: int = 1, seed: int = 0) -> Rollout:
         return self.roles.answer(prompts, samples, seed)

@@ -14,6 +14,7 @@ import numpy as np
 from framework.checkpoint.manager import Checkpoint
 from framework.cluster.group import Group
 from framework.cluster.session import Cluster, open_cluster
+from framework.core.config import require
 from framework.core.records import PromptBatch, Rollout, Tokenizer
 from framework.core.signals import StopRequest
 from framework.data.hub import SCHEME
@@ -21,6 +22,7 @@ from framework.data.loader import RowSource
 from framework.engine.plan import check
 from framework.engine.sketch import Share, trace
 from framework.generation.config import GenerationConfig, SamplingConfig
+from framework.models.config import ModelConfig
 from framework.models.hub import read_folder
 from framework.models.lora import lora_shapes, still
 from framework.parallel.words import layout_in_words, node_in_words
@@ -119,6 +121,7 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
     actor, critic = engine_specs(config)
     for spec in (actor, critic):
         model = read_folder(spec.folder)[0]
+        _refuse_unfit(config, model)
         check(model, spec.parallel, spec.engine, config.cluster.workers, spec.lora)
         if spec.lora is not None:  # what is not there is refused now
             lora_shapes(model, spec.lora)
@@ -144,6 +147,21 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
             group.ready()
             job.stop.leave("while the workers came up")
         yield Roles(**groups, canary=first, strict=config.rollout.strict, tokenizer=tokenizer, stop=job.stop)
+
+
+def _refuse_unfit(config: PpoRun, model: ModelConfig) -> None:
+    """A model that PPO cannot train, and rows that it cannot generate."""
+    require(
+        model.encoder is None,
+        f"ppo does not train a model of architecture={model.architecture}; it takes one of causal, prefix",
+    )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    original = model.rope_scaling.original_positions
+    require(
+        not model.scales_by_length or longest <= original,
+        f"rollout.max_prompt_tokens + rollout.max_tokens = {longest} is longer than {original}, the "
+        "context in which dynamic rotary scaling leaves a cache's keys as they are: choose less",
+    )
 
 
 def _show_map(job: Job, config: PpoRun, cluster: Cluster) -> None:

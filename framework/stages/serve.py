@@ -3,29 +3,34 @@
 import argparse
 import sys
 
+from framework.core.config import require
 from framework.core.errors import UsageError
 from framework.core.records import Message
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.text import generate_text, load_generator, stream_text
+from framework.models.hub import locate, read_architecture
 from framework.stages.words import Words
 from framework.tracking.remote import brought
 
 
 def generate(words: list[str]) -> int:
-    """Sample from a model; prompts from the words, or one a line from standard input."""
+    """Sample from a model; prompts from the words, or one a line from standard input. Of a model with an encoder they
+    are texts as they are, each answered by another."""
     parser = _parser("generate", "sample from a finished model")
     parser.add_argument("prompt", nargs="*", help="none: one prompt a line is read from standard input")
     parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--raw", action="store_true", help="the text as it is, without the chat template; continue it")
     chosen = parser.parse_args(words)
     model, sampling = _model(chosen.model), _sampling(chosen)
     prompts = chosen.prompt or [line.rstrip("\n") for line in sys.stdin]
     generator, tokenizer = load_generator(model, GenerationConfig(), chosen.device)
-    texts = prompts if chosen.raw else [tokenizer.render([Message("user", p)], True) for p in prompts]
+    raw = chosen.raw or generator.reads_apart
+    texts = prompts if raw else [tokenizer.render([Message("user", p)], True) for p in prompts]
     answers = generate_text(generator, tokenizer, texts, sampling, chosen.samples, chosen.seed)
     for prompt, group in zip(prompts, answers, strict=True):
         for answer in group:
-            print(f"{prompt}{answer}" if chosen.raw else f"{prompt}\t{answer}")
+            continues = chosen.raw and not generator.reads_apart
+            print(f"{prompt}{answer}" if continues else f"{prompt}\t{answer}")
     return 0
 
 
@@ -33,6 +38,12 @@ def chat(words: list[str]) -> int:
     """Talk to a model; the conversation is kept until end of input or an empty line starts a new one."""
     chosen = _parser("chat", "talk to a finished model; an empty line starts over, Ctrl-D ends").parse_args(words)
     model, sampling = _model(chosen.model), _sampling(chosen)
+    kind = read_architecture(locate(model))[0]
+    require(
+        kind.encoder is None,
+        f"chat does not take a model of architecture={kind.architecture}, which answers one text and keeps no "
+        f'conversation; ask it by framework generate {chosen.model} "TEXT"',
+    )
     generator, tokenizer = load_generator(model, GenerationConfig(slots=1), chosen.device)
     said: list[Message] = []
     while (line := _ask()) is not None:

@@ -82,7 +82,10 @@ MODELS = {
         head_dim=6, position=Position.RELATIVE, relative_buckets=8, relative_distance=12, scaled_scores=False,
         scaled_head=True, activation=Activation.GEGLU_TANH,
     ),
-    "glm's kind of prefix": ModelConfig(Architecture.PREFIX, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4),
+    "glm's kind of prefix, dynamic scaling": ModelConfig(
+        Architecture.PREFIX, vocab_size=37, hidden_size=24, num_layers=3, num_heads=4,
+        rope_scaling=RopeScaling(Scaling.DYNAMIC, 4.0, 3),
+    ),
     "experts": ModelConfig(
         vocab_size=37, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=22, qk_norm=True,
         moe=MoeConfig(
@@ -94,7 +97,7 @@ _BLIND = (
     "bloom's kind",
     "glm's and qwen's",
     "bert's kind",
-    "glm's kind of prefix",
+    "glm's kind of prefix, dynamic scaling",
     "t5's kind",
     "chatglm's kind",
     "sinusoidal, capped scores",
@@ -209,6 +212,12 @@ def test_experts_under_layouts_that_other_axes_lack() -> None:
 def test_what_every_stage_would_need_is_refused_by_name(model: ModelConfig, line: str) -> None:
     with pytest.raises(UsageError, match=line):
         check(model, ParallelConfig("pp", pipeline=2), EngineConfig(), 2)
+
+
+def test_context_ranks_do_not_know_how_long_a_document_is() -> None:
+    model = ModelConfig(vocab_size=37, rope_scaling=RopeScaling(Scaling.DYNAMIC, 4.0, 3))
+    with pytest.raises(UsageError, match=r"kind=dynamic does not go with parallel\.context=2.* parts of documents"):
+        check(model, ParallelConfig("cp", context=2), EngineConfig(), 2)
 
 
 @pytest.mark.parametrize("form", list(ContextForm))

@@ -41,6 +41,8 @@ class Bytes:
 class Script:
     """A generator that answers prompt row r with `answers[r]`, and remembers what it was asked."""
 
+    reads_apart = False
+
     def __init__(self, answers: list[str]):
         self.answers = answers
         self.asked: list[list[int]] = []

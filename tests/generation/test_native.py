@@ -15,7 +15,8 @@ from framework.core.runtime import num_threads
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.generation.native import NativeGenerator
 from framework.models import hub
-from framework.models.config import Bias, ModelConfig
+from framework.models.config import Bias, ModelConfig, RopeScaling, Scaling
+from framework.models.kv_cache import KVCache
 from framework.models.scorer import Scorer
 from tests.generation import tiny
 
@@ -259,6 +260,23 @@ def one_prompt(ids: list[int], length: int | None = None) -> PromptBatch:
 def test_prompts_that_cannot_be_answered_are_refused(prompt: PromptBatch, width: int | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tiny.generator().generate(prompt, SAMPLING, width=width)
+
+
+def test_dynamic_scaling_is_decoded_within_its_context_and_refused_beyond() -> None:
+    """A cache's keys stand by the base of their time; within the context of 16 that is the trainer's, to the last
+    bit."""
+    config = replace(tiny.CONFIG, rope_scaling=RopeScaling(Scaling.DYNAMIC, 4.0, 16))
+    short = tiny.prompts(9, longest=4)
+    rollout = tiny.generator(config=config).generate(short, SAMPLING, seed=2, width=WIDTH)
+    assert int(rollout.token_mask.sum(1).max()) == 16
+    with torch.no_grad():
+        trainer = align(Scorer(tiny.model(True, config), temperature=SAMPLING.temperature)(rollout).log_probs)
+    assert torch.equal(torch.where(rollout.response_mask, trainer, 0.0), rollout.log_probs)
+    with pytest.raises(UsageError, match=r"5 tokens; .* dynamic rotary scaling .*original_positions=16: .* up to 4"):
+        tiny.generator(config=config).generate(one_prompt([1] * 5), SAMPLING, width=WIDTH)
+    with pytest.raises(IndexError):
+        cache = KVCache(config, 1, 24)
+        tiny.model(config=config)(torch.tensor([[3]]), positions=torch.tensor([[16]]), cache=cache.view())
 
 
 def test_the_longest_prompt_that_fits_is_answered() -> None:

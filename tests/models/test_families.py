@@ -35,6 +35,7 @@ _LLAMA3 = {
     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
 _GPT = {"vocab_size": 37, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 64, "pad_token_id": 0}
 _BERT = {
     "vocab_size": 37, "hidden_size": 24, "intermediate_size": 42, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -97,6 +98,7 @@ CASES = {
     "llama, yarn, all said": Case(
         "Llama", _GROUPED | {"rope_parameters": _YARN | {"beta_fast": 8, "beta_slow": 2, "attention_factor": 1.3}}
     ),
+    "llama, dynamic scaling, within its context": Case("Llama", _GROUPED | {"rope_parameters": _DYNAMIC}),
     "mistral, window 5": Case("Mistral", _GROUPED | {"sliding_window": 5}),
     "mistral": Case("Mistral", _GROUPED | {"sliding_window": None}),
     "qwen2": Case("Qwen2", {k: v for k, v in _GROUPED.items() if k != "head_dim"} | {"tie_word_embeddings": True}),
@@ -186,6 +188,11 @@ def hold(ours: Transformer, theirs: Any, tolerance: float) -> None:
     # padding sees padding here, nothing there: its own rows are nobody's business
     a = ours.logits(ours(x, positions=positions, document_ids=mask.long()))[mask]
     b = their_logits(theirs, x, mask, positions)[mask]
+    hold_outcomes(ours, theirs, a, b, tolerance)
+
+
+def hold_outcomes(ours: Transformer, theirs: Any, a: Tensor, b: Tensor, tolerance: float) -> None:
+    """Our logits and theirs, and every gradient of a random sum of them."""
     assert gap(a, b) <= tolerance
     assert b.std() > 0.3
     weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(3)).to(a.dtype)
@@ -271,3 +278,52 @@ def test_decoding_from_a_cache_equals_the_full_forward(case: Case, tmp_path: Pat
         for a, b in itertools.pairwise(cuts)
     ]
     torch.testing.assert_close(torch.cat(parts, 1), ours(x), rtol=0, atol=1e-11)
+
+
+BEYOND = {
+    "llama": Case("Llama", _GROUPED | {"rope_parameters": _DYNAMIC, "max_position_embeddings": 12}),
+    "glm, half a head": Case(
+        "Glm",
+        _GROUPED
+        | {"eos_token_id": 1, "max_position_embeddings": 12}
+        | {"rope_parameters": _DYNAMIC | {"partial_rotary_factor": 0.5}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND.values(), ids=BEYOND.keys())
+@pytest.mark.parametrize("length", [11, 12, 13, 23])
+def test_dynamic_scaling_around_the_original_context(case: Case, length: int, tmp_path: Path) -> None:
+    """Logits and every gradient, rows of one length: by it they turn. A folder says no more than the factor."""
+    theirs = case.drawn()
+    theirs.save_pretrained(tmp_path)
+    ours, x = hub.load(tmp_path), tokens(3, length).clamp(min=1)  # theirs learns nothing of padding
+    hold_outcomes(ours, theirs, ours.logits(ours(x)), theirs(x).logits, 1e-5)
+    torch.set_default_dtype(torch.float64)  # theirs divides whole numbers: the base
+    try:
+        with InFp64():
+            theirs = case.drawn().double()
+            theirs.save_pretrained(tmp_path)
+            ours = hub.load(tmp_path)
+            hold_outcomes(ours, theirs, ours.logits(ours(x)), theirs(x).logits, 1e-10)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_dynamic_scaling_goes_by_each_document_of_a_row(tmp_path: Path) -> None:
+    """Three documents in one row, and two rows of other lengths in one batch: each as theirs alone, by a model that has
+    seen no other (theirs remembers the longest)."""
+    case = BEYOND["llama"]
+    case.drawn().save_pretrained(tmp_path)
+    ours, x = hub.load(tmp_path), tokens(2, 47)
+    sizes = ([20, 9, 15], [12, 35])
+    ids = torch.zeros_like(x)
+    places = torch.zeros_like(x)
+    for b, row in enumerate(sizes):
+        ids[b, : sum(row)] = torch.cat([torch.full((n,), i) for i, n in enumerate(row, 1)])
+        places[b, : sum(row)] = torch.cat([torch.arange(n) for n in row])
+    with torch.no_grad():
+        found = ours.logits(ours(x, positions=places, document_ids=ids))
+        for b, row in enumerate(sizes):
+            alone = [case.drawn()(part.unsqueeze(0)).logits[0] for part in x[b, : sum(row)].split(row)]
+            assert gap(found[b, : sum(row)], torch.cat(alone)) <= 1e-5

@@ -186,7 +186,17 @@ SPOILED: list[tuple[Spoil, type[FrameworkError], str]] = [
         r"model.norm.weight has shape \[31\], config.json says \[32\]",
     ),
     (lambda t, c: c.update(num_hidden_layers=4), CheckpointError, "missing tensor .*, and 13 more"),
-    (lambda t, c: c.update(rope_parameters={"rope_type": "dynamic"}), UsageError, "rope scaling 'dynamic'"),
+    (lambda t, c: c.update(rope_parameters={"rope_type": "longrope"}), UsageError, "rope scaling 'longrope'"),
+    (
+        lambda t, c: c.update(rope_parameters={"rope_type": "dynamic"}),
+        UsageError,
+        "rope scaling 'dynamic' does not say its factor",
+    ),
+    (
+        lambda t, c: c.update(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}),
+        UsageError,
+        "rope scaling 'dynamic' with alpha=1000.0",
+    ),
     (
         lambda t, c: c.update(rope_parameters=None, rope_scaling={"type": "linear"}),
         UsageError,

@@ -76,6 +76,16 @@ def test_scaled_frequencies_by_hand() -> None:
     torch.testing.assert_close(cos, torch.full_like(cos, 1 + math.log(4) / 10))
 
 
+def test_a_base_that_grows_with_the_document_by_hand() -> None:
+    """R=4, theta=100, factor 3 over an original context of 10: at length 20 theta' = 100 (3 * 2 - 2)^2 = 1600."""
+    config = rope(4, 100.0, rope_scaling=RopeScaling(Scaling.DYNAMIC, 3.0, 10))
+    found = frequencies(config, lengths=torch.tensor([[1, 10, 20]]))
+    torch.testing.assert_close(found, torch.tensor([[[1, 0.1], [1, 0.1], [1, 1 / 40]]], dtype=torch.float64))
+    assert torch.equal(found[0, 1], frequencies(config))  # a document within its context turns as a cache does
+    cos, _ = rotary_tables(torch.tensor([[2]]), config, torch.float64, lengths=torch.tensor([[20]]))
+    torch.testing.assert_close(cos[0, 0, :2], torch.tensor([2.0, 0.05], dtype=torch.float64).cos())
+
+
 def test_alibi_slopes_of_the_paper_and_biases_by_hand() -> None:
     assert alibi_slopes(8) == [2**-i for i in range(1, 9)]
     assert alibi_slopes(3) == pytest.approx([2**-4, 2**-8, 2**-2])

@@ -1,12 +1,14 @@
 """Which tokens a token sees, for every architecture: its state has a gradient by those and by no other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from framework.models.config import Architecture, ModelConfig
+from framework.models.config import Architecture, ModelConfig, RopeScaling, Scaling
 from framework.models.kv_cache import KVCache
 from framework.models.transformer import Transformer
 from tests.models.drawn import drawn, tokens
@@ -54,6 +56,39 @@ def test_a_token_s_state_moves_with_what_it_may_see_and_nothing_else(kind: Archi
             ahead = looks.get(kind, False)
             expected = bool(ids[0, query] == ids[0, key]) and (key <= query or ahead)
             assert bool(moved[query, key]) == expected, (query, key)
+
+
+def test_dynamic_scaling_lets_a_token_know_how_long_its_document_is_and_no_more() -> None:
+    """Documents around an original context of 4, packed. The gradient cannot tell: a length is a whole number. So
+    tokens are exchanged, and documents made longer, and bits compared."""
+    config = replace(MODELS[Architecture.CAUSAL].config, rope_scaling=RopeScaling(Scaling.DYNAMIC, 3.0, 4))
+    model, draw = drawn(config, strict=True), torch.Generator().manual_seed(3)
+
+    def states(sizes: list[int], x: Tensor) -> list[Tensor]:
+        ids = torch.tensor([[n for n, size in enumerate(sizes, 1) for _ in range(size)]])
+        places = torch.tensor([[p for size in sizes for p in range(size)]])
+        hidden: Tensor = model(x[:, : sum(sizes)], positions=places, document_ids=ids)[0]
+        return list(hidden.split(sizes))
+
+    for sizes in ([9, 3, 6], [2, 4, 12], [5, 5, 8]):
+        x = torch.randint(0, 37, (1, 19), generator=draw)
+        before, first = states(sizes, x), sizes[0] + sizes[1] - 1
+        for place in range(first, sum(sizes)):  # another token there, of the same length
+            after = states(sizes, x.index_fill(1, torch.tensor([place]), int(x[0, place] + 1) % 37))
+            flat, new = torch.cat(before), torch.cat(after)
+            assert torch.equal(flat[:place], new[:place])
+            assert not torch.equal(flat[place], new[place])
+        longer = states([*sizes[:2], sizes[2] + 1], x)
+        assert all(
+            torch.equal(a, b) for a, b in zip(before[:2], longer[:2], strict=True)
+        )  # another's length is nothing
+        assert not torch.equal(before[2][1:], longer[2][1:-1])  # its own is
+        within = states([3], x)
+        assert torch.equal(states([4], x)[0][:3], within[0])  # but not up to the original context
+    places, ids = torch.tensor([[*range(9), 0, 0], [*range(3), *[0] * 8]]), torch.tensor([[1] * 9 + [0] * 2] * 2)
+    ids[1, 3:] = 0  # rows of one document need no ids, and padding at position 0 is none of it
+    x, real = tokens(2, 11), ids > 0
+    assert torch.equal(model(x, positions=places)[real], model(x, positions=places, document_ids=ids)[real])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in Architecture if kind is not Architecture.ENCODER_DECODER])

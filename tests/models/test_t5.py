@@ -155,21 +155,53 @@ def test_packed_pairs_equal_theirs_alone(tmp_path: Path) -> None:
 
 
 @cases
-def test_decoding_from_a_cache_equals_the_full_forward(case: dict[str, Any], tmp_path: Path) -> None:
-    """The text is read once; then token by token."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_decoding_from_a_cache_equals_the_full_forward(
+    case: dict[str, Any], dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    """The encoder reads once, and from then on the cache keeps what cross attention needs. Three slots for eight rows
+    of drawn lengths; a slot that falls free takes the next row, in front of what it held before."""
     their(case).save_pretrained(tmp_path)
-    ours, texts = hub.load(tmp_path, torch.float64), Texts()
-    whole = ours(texts.written, encoder_tokens=texts.read, encoder_document_ids=texts.mask)
-    states, cache = ours.encode(texts.read, texts.mask), KVCache(ours.config, 4, 8, torch.float64)
-    for t in range(8):
-        step = ours(
-            texts.written[:, t : t + 1],
-            positions=torch.full((4, 1), t),
-            encoder_tokens=states,
-            encoder_document_ids=texts.mask,
-            cache=cache.view(used=t + 1),
-        )
-        torch.testing.assert_close(step[:, 0], whole[:, t], rtol=0, atol=1e-11)
+    ours, draw = hub.load(tmp_path, dtype), torch.Generator().manual_seed(7)
+    read, written = tokens(8, 19).clamp(min=1), tokens(8, 9, seed=5)
+    reads, writes = (torch.randint(1, top + 1, (8,), generator=draw).tolist() for top in (19, 9))
+    real = (torch.arange(19) < torch.tensor(reads).unsqueeze(1)).long()
+    with torch.no_grad():
+        whole = ours.logits(ours(written, encoder_tokens=read, encoder_document_ids=real))
+        cache, waiting, holds = KVCache(ours.config, 3, 9, dtype, source_length=19), list(range(8)), dict[int, int]()
+        found, at = torch.zeros_like(whole), [0] * 8
+        while waiting or holds:
+            free = [slot for slot in range(3) if slot not in holds][: len(waiting)]
+            fresh = {slot: waiting.pop(0) for slot in free}
+            olds, holds = holds, holds | fresh
+            for group in (fresh, olds):
+                rows = list(group.values())
+                if not rows:
+                    continue
+                longest = max(reads[row] for row in rows)
+                given = {"encoder_tokens": read[rows, :longest], "encoder_document_ids": real[rows, :longest]}
+                places = torch.tensor([[at[row]] for row in rows])
+                x = written[rows].gather(1, places)
+                view = cache.view(torch.tensor(list(group)), int(places.max()) + 1)
+                states = ours(x, positions=places, cache=view, **(given if group is fresh else {}))
+                found[rows, places[:, 0]] = ours.logits(states[:, 0])
+                for row in rows:
+                    at[row] += 1
+            holds = {slot: row for slot, row in holds.items() if at[row] < writes[row]}
+    mask = torch.arange(9) < torch.tensor(writes).unsqueeze(1)
+    assert len(set(writes)) > 3
+    assert gap(found[mask], whole[mask]) <= tolerance
+
+
+def test_a_cache_has_room_for_what_is_read_where_something_is(tmp_path: Path) -> None:
+    their({}).save_pretrained(tmp_path)
+    ours = hub.load(tmp_path)
+    with pytest.raises(UsageError, match=r"source_length=0 does not go with model\.architecture=encoder_decoder"):
+        KVCache(ours.config, 1, 8)
+    with pytest.raises(UsageError, match=r"source_length=4 does not go with model\.architecture=causal"):
+        KVCache(ModelConfig(), 1, 8, source_length=4)
+    with pytest.raises(UsageError, match="an encoder read 5 places, the cache has room for 4"):
+        ours(tokens(1, 1), encoder_tokens=tokens(1, 5), cache=KVCache(ours.config, 1, 8, source_length=4).view())
 
 
 @pytest.mark.parametrize("both_ways", [True, False])

@@ -131,6 +131,7 @@ class Rope:
 
 _SCALING_KEYS = {  # kind -> {their key: our field}
     Scaling.LINEAR: {"factor": "factor"},
+    Scaling.DYNAMIC: {"factor": "factor"},  # the original context is max_position_embeddings
     Scaling.LLAMA3: {
         "factor": "factor",
         "original_max_position_embeddings": "original_positions",
@@ -170,6 +171,8 @@ def _scaling(rope: Keys, theirs: Keys) -> RopeScaling:
         given.setdefault(
             "original_positions", theirs.get("original_max_position_embeddings", theirs.get("max_position_embeddings"))
         )
+    if known[kind] is Scaling.DYNAMIC:
+        given["original_positions"] = theirs.get("max_position_embeddings") or 0
     return RopeScaling(kind=known[kind], **{name: _as_field(name, value) for name, value in given.items()})
 
 

@@ -120,10 +120,11 @@ def test_llamas_there_and_back(data: st.DataObject) -> None:
             RopeScaling(Scaling.LLAMA3, 8.0, 8192, 1.0, 4.0),
             RopeScaling(Scaling.YARN, 4.0, 32768, 1.0, 32.0),
             RopeScaling(Scaling.YARN, 4.0, 32768, 2.0, 16.0, 1.5),
+            RopeScaling(Scaling.DYNAMIC, 3.0, 99),
         ])
     )  # fmt: skip
     config = ModelConfig(
-        vocab_size=11, hidden_size=8 * kv * groups, num_heads=kv * groups, num_kv_heads=kv, head_dim=2 * size,
+        vocab_size=11, hidden_size=8 * kv * groups, num_heads=kv * groups, num_kv_heads=kv, head_dim=2 + 2 * size,
         intermediate_size=24, max_positions=99, init_std=0.01, tied=data.draw(st.booleans()),
         attention_bias=data.draw(st.sampled_from([Bias.NONE, Bias.ALL])), mlp_bias=data.draw(st.booleans()),
         rope_theta=data.draw(st.floats(1.5, 1e6)), norm_eps=data.draw(st.floats(1e-8, 1e-3)), rope_scaling=scaling,
@@ -141,6 +142,11 @@ def test_what_a_layout_cannot_say_is_named_with_what_would_be_read() -> None:
         ("mistral", replace(TINY, window=8, window_from=1), r"model\.window_from=1; it would be read as 0"),
         ("llama", replace(TINY, attention_bias=Bias.QKV), r"model\.attention_bias=qkv; it would be read as none"),
         ("gpt2", TINY, "GPT2 layout cannot hold model"),
+        (
+            "llama",
+            replace(TINY, rope_scaling=RopeScaling(Scaling.DYNAMIC, 2.0, 64)),
+            r"rope_scaling=\('dynamic', 2\.0, 64, .*; it would be read as \('dynamic', 2\.0, 2048, ",
+        ),
         ("glm", replace(TINY, rope_interleaved=True, qk_norm=True), r"model\.qk_norm=True; it would be read as False"),
     ):
         with pytest.raises(UsageError, match=message):
