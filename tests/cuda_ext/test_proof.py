@@ -32,7 +32,15 @@ __global__ void __launch_bounds__(1024, 2) spills(const float* x, float* y) {
 WARNS = "__global__ void warns(int* x) { int unused = 3; x[0] = 1; }"
 
 
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """All kernels, compiled side by side."""
+    return build(CUDA)
+
+
 @needs_nvcc
+@pytest.mark.usefixtures("built")
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("op", kernels())
 def test_the_machine_code_is_as_the_kernel_demands(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["card", op]) == 0
@@ -67,7 +75,7 @@ def test_demands_that_are_not_met_are_faults() -> None:
 
 
 @needs_nvcc
-def test_the_library_for_cards_loads_beside_a_torch_for_cpus(tmp_path: Path) -> None:
+def test_the_library_for_cards_loads_beside_a_torch_for_cpus(built: Path) -> None:
     """Nothing here can run it; that it loads, registers and names its needs can be seen."""
     code = """
 import ctypes, sys, torch
@@ -78,7 +86,7 @@ library.cuda_ext_versions(ctypes.byref(driver), ctypes.byref(runtime))
 print(count, runtime.value >= 12000, library.cuda_ext_capability(99))
 print(torch.ops.cuda_ext_cuda.rms_norm_forward.default._schema)
 """
-    words = [sys.executable, "-c", code, str(build(CUDA))]
+    words = [sys.executable, "-c", code, str(built)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     first, schema = done.stdout.splitlines()
