@@ -4,6 +4,7 @@ Nothing heavy is imported before a recipe has been accepted, so help and refusal
 """
 
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -158,8 +159,10 @@ def _typed(composed: Any) -> RunConfig:
     return config
 
 
+@functools.cache
 def _store_schemas() -> None:
-    """Enter every stage's dataclass as `schema/STAGE`, thawed: OmegaConf makes frozen dataclasses read-only."""
+    """Enter every stage's dataclass as `schema/STAGE`, thawed: OmegaConf makes frozen dataclasses read-only. Once a
+    process, for it takes longer than the composing; Hydra hands out copies."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 

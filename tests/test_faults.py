@@ -1,16 +1,19 @@
-"""Law Resume, by real kills: a pipeline that is killed in every stage ends in the bits of one that was not."""
+"""Law Resume, by real kills: a pipeline that is killed in every stage ends in the bits of one that was not.
+
+The pipelines fork this process, which has imported everything already; a stage then takes a second or two.
+"""
 
 import hashlib
 import json
+import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import STAGES, WORDS, command, environment, forked
+from tests.tiny import STAGES, WORDS, end, fork, forked
 
 KILLED = ["pretrain", "sft", "reward_model", "ppo"]
 
@@ -37,28 +40,23 @@ def stage_status(root: Path, stage: str) -> dict[str, object]:
     return status
 
 
-def start(root: Path, *words: str) -> subprocess.Popen[str]:
-    words = ("pipeline", *WORDS, f"run.dir={root}", *words)
-    return subprocess.Popen(
-        command(*words), cwd=root.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def stop_in(root: Path, stage: str, delay: float, number: int, *words: str) -> int:
+def stop_in(root: Path, stage: str, delay: float, number: int) -> int | None:
     """Start the pipeline, signal it `delay` seconds after `stage` has begun (or let it end); its exit code."""
-    process = start(root, *words)
+    log = root.with_suffix(".log")
     attempt = stage_status(root, stage).get("attempt", 0)
+    process = fork(["pipeline", *WORDS, f"run.dir={root}"], log)
+    assert process.pid is not None
     deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         status = stage_status(root, stage)
         if status.get("state") == "running" and status.get("attempt") != attempt:
             time.sleep(delay)
-            process.send_signal(number)
+            os.kill(process.pid, number)
             break
-        time.sleep(0.01)
-    output, _ = process.communicate(timeout=120)
-    assert "Traceback" not in output, output
-    return process.returncode
+        time.sleep(0.005)
+    code, said = end(process, log)
+    assert "Traceback" not in said, said
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def undisturbed(whole: Path) -> dict[str, str]:
 def test_a_pipeline_killed_in_every_stage_ends_in_the_same_bits(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     delays = random.Random(0)
     for stage in KILLED:
-        stop_in(tmp_path / "run", stage, delays.uniform(0.0, 1.5), signal.SIGKILL)
+        stop_in(tmp_path / "run", stage, delays.uniform(0.0, 0.7), signal.SIGKILL)
     forked("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert fingerprints(tmp_path / "run") == undisturbed
 
@@ -114,6 +112,6 @@ def test_many_kills(tmp_path: Path, undisturbed: dict[str, str], seed: int) -> N
     delays = random.Random(seed)
     for _ in range(3):
         for stage in KILLED:
-            stop_in(tmp_path / "run", stage, delays.uniform(0.0, 4.0), signal.SIGKILL)
+            stop_in(tmp_path / "run", stage, delays.uniform(0.0, 1.5), signal.SIGKILL)
     forked("pipeline", *WORDS, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert fingerprints(tmp_path / "run") == undisturbed

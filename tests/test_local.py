@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.test_bad_input import pretrain
-from tests.tiny import WORDS, environment, framework
+from tests.tiny import WORDS, environment, forked
 
 LOCAL = str(Path(__file__).resolve().parents[1] / "launch/local")
 
@@ -22,8 +22,8 @@ def local(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_two_ranks_end_where_one_process_ends(tmp_path: Path) -> None:
     stages = ["stages=[quickstart/tokenizer]", f"run.dir={tmp_path / 'one'}"]
-    framework("pipeline", *(w for w in WORDS if "." not in w.split("=")[0] or "tracking" in w), *stages, cwd=tmp_path)
-    framework(*pretrain(tmp_path / "one", tmp_path / "one"), cwd=tmp_path)
+    forked("pipeline", *(w for w in WORDS if "." not in w.split("=")[0] or "tracking" in w), *stages, cwd=tmp_path)
+    forked(*pretrain(tmp_path / "one", tmp_path / "one"), cwd=tmp_path)
     done = local(*pretrain(tmp_path / "two", tmp_path / "one", "parallel=fsdp"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     seats = "rank 0 on cpu at shard 0, rank 1 on cpu at shard 1"

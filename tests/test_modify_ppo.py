@@ -13,7 +13,7 @@ import pytest
 from framework.core.registry import KINDS
 from framework.main import main
 from framework.models.hub import load
-from tests.tiny import PPO, command, environment, framework, model_folders
+from tests.tiny import PPO, command, environment, forked, model_folders
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/modify-ppo.md").read_text(encoding="utf-8")
 _BLOCK = r"```python\n(from framework.*?@register\(\"\w+\", \"(\w+)\"\).*?)```"
@@ -72,7 +72,7 @@ def test_the_page_lists_every_kind() -> None:
 
 
 def test_a_rule_is_the_reward_and_needs_no_reward_model(outside: Path) -> None:
-    framework(*words("short", *PPO), cwd=outside)
+    forked(*words("short", *PPO), cwd=outside)
     run = outside / "runs/short"
     shown = lines(run / "samples.jsonl")
     assert len(shown) >= 8

@@ -9,8 +9,8 @@ import pytest
 from framework.models.config import ModelConfig
 from tests.engine.test_layouts import bound
 from tests.test_rank_faults import KEPT, Kill, finish, suffer
-from tests.test_stopping import end, fork, newest, words
-from tests.tiny import PPO, framework, model_folders
+from tests.test_stopping import newest, words
+from tests.tiny import PPO, end, fork, framework, model_folders
 
 
 def test_ppo_under_tensor_parallel_on_ray(tmp_path: Path) -> None:

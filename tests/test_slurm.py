@@ -14,7 +14,7 @@ import pytest
 from tests.slurm import job_environment
 from tests.test_bad_input import pretrain
 from tests.test_local import LOCAL
-from tests.tiny import PPO, environment, framework, model_folders
+from tests.tiny import PPO, environment, forked, model_folders
 
 LAUNCH = str(Path(LOCAL).with_name("slurm"))
 SHORT = [
@@ -69,7 +69,7 @@ def _started_in(cluster: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer."""
     folder = tmp_path_factory.mktemp("trained")
-    framework("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
+    forked("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
     return folder
 
 
@@ -114,7 +114,7 @@ def test_two_jobs_at_once_one_stopped_and_requeued(tmp_path: Path, trained: Path
         cwd=tmp_path, env=environment() | _PYTHON, check=True, capture_output=True,
     )  # fmt: skip
     assert weights(tmp_path / "a", "pretrain") == weights(tmp_path / "local", "pretrain")
-    framework(*ppo(tmp_path / "one", models, "cluster=in_process"), cwd=tmp_path)
+    forked(*ppo(tmp_path / "one", models, "cluster=in_process"), cwd=tmp_path)
     assert weights(tmp_path, "ppo") == weights(tmp_path / "one", "ppo")
 
 
@@ -145,7 +145,7 @@ def test_ppo_over_two_nodes_is_stopped_and_lets_no_stranger_in(tmp_path: Path) -
     assert job.requeued
     code, errors = Submitted(tmp_path / "b", *ppo(tmp_path, models, "ppo.iterations=60"), nodes=2).end()
     assert code == 0, errors
-    framework(*ppo(tmp_path / "one", models, "ppo.iterations=60", "cluster=in_process"), cwd=tmp_path)
+    forked(*ppo(tmp_path / "one", models, "ppo.iterations=60", "cluster=in_process"), cwd=tmp_path)
     assert weights(tmp_path, "ppo") == weights(tmp_path / "one", "ppo")
 
 

@@ -6,13 +6,10 @@ real signals, four times as quick as a new command. torchrun, Ray and the pipeli
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from framework.checkpoint.manifest import Checkpoint
-from framework.main import main
 from tests.test_faults import fingerprints
 from tests.test_local import LOCAL
-from tests.tiny import STAGES, WORDS, command, environment
+from tests.tiny import STAGES, WORDS, command, end, environment, fork
 
 ASK = str(Path(__file__).with_name("ask.py"))
 PARENTS = {
@@ -66,26 +62,6 @@ def words(stage: str, root: Path, whole: Path, *more: str) -> list[str]:
     fixed += ["tracking.every=1", "tracking.digest_every=1"]
     baselines = ["evaluation.baselines=true"] if stage == "reward_model" else []
     return [stage, *fixed, *common, *parents, *tiny, *baselines, f"extensions=[{ASK}]", *more]
-
-
-def fork(argv: list[str], log: Path, ask: str = "") -> BaseProcess:
-    """`framework ARGV...` in a process of its own."""
-
-    def run() -> None:
-        sys.stdout = sys.stderr = log.open("w", buffering=1)
-        os.environ.pop("ASK", None)
-        if ask:
-            os.environ["ASK"] = ask
-        os._exit(main(argv))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
-
-
-def end(process: BaseProcess, log: Path) -> tuple[int | None, str]:
-    process.join(120)
-    return process.exitcode, log.read_text()
 
 
 def status(folder: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Sweeps by real commands: Hydra's own `-m`, the Optuna sweeper on a stage's figure, and the submitit launchers."""
+"""Sweeps in processes of their own: Hydra's own `-m`, the Optuna sweeper on a figure, and the submitit launchers."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import framework
+from tests.tiny import forked
 
 WORDS = ["tokenizer", "-m", "data.train=corpora/tang/valid.txt", "tokenizer.kind=bpe"]
 
 
 def test_each_job_of_a_multirun_has_its_own_folder(tmp_path: Path) -> None:
-    framework(*WORDS, "tokenizer.vocab_size=400,500", cwd=tmp_path)
+    forked(*WORDS, "tokenizer.vocab_size=400,500", cwd=tmp_path)
     for number, size in enumerate((400, 500)):
         summary = json.loads((tmp_path / f"runs/tokenizer-{number}/summary.json").read_text())
         assert summary["figures"]["vocab_size"] == size
@@ -24,14 +24,14 @@ def test_optuna_finds_the_better_choice(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     sweep = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"]
     sizes = "tokenizer.vocab_size=choice(400,600)"
-    framework(*WORDS, *sweep, "hydra.sweeper.sampler.seed=1", sizes, "objective=bytes_per_token", cwd=tmp_path)
+    forked(*WORDS, *sweep, "hydra.sweeper.sampler.seed=1", sizes, "objective=bytes_per_token", cwd=tmp_path)
     result = yaml.safe_load((tmp_path / "runs/sweep/optimization_results.yaml").read_text())
     tried = [json.loads(p.read_text())["figures"] for p in tmp_path.glob("runs/tokenizer-*/summary.json")]
     assert result["best_value"] == max(figures["bytes_per_token"] for figures in tried)
 
 
 def test_a_wrong_key_in_a_sweep_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    done = framework(*WORDS, "tokenizer.vocab_sizes=400,500", cwd=tmp_path, check=False)
+    done = forked(*WORDS, "tokenizer.vocab_sizes=400,500", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "unknown key 'tokenizer.vocab_sizes': did you mean 'tokenizer.vocab_size'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -39,7 +39,7 @@ def test_a_wrong_key_in_a_sweep_is_one_line_and_exit_2(tmp_path: Path) -> None:
 
 def test_a_failing_job_is_named_and_the_others_run(tmp_path: Path) -> None:
     missing = "data.train=[nowhere.txt],[corpora/tang/valid.txt]"
-    done = framework(*WORDS[:2], missing, WORDS[3], "tokenizer.vocab_size=400", cwd=tmp_path, check=False)
+    done = forked(*WORDS[:2], missing, WORDS[3], "tokenizer.vocab_size=400", cwd=tmp_path, check=False)
     assert done.returncode == 2
     first, second = done.stderr.strip().splitlines()[-2:]
     assert first.startswith("Error executing job with overrides: ['data.train=[nowhere.txt]'")
@@ -49,7 +49,7 @@ def test_a_failing_job_is_named_and_the_others_run(tmp_path: Path) -> None:
 
 def test_submitit_runs_each_job_in_a_process_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    framework(*WORDS, "hydra/launcher=submitit_local", "tokenizer.vocab_size=400,500", cwd=tmp_path)
+    forked(*WORDS, "hydra/launcher=submitit_local", "tokenizer.vocab_size=400,500", cwd=tmp_path)
     for number, size in enumerate((400, 500)):
         summary = json.loads((tmp_path / f"runs/tokenizer-{number}/summary.json").read_text())
         assert summary["figures"]["vocab_size"] == size
@@ -89,7 +89,7 @@ def test_submitit_hands_the_jobs_to_slurm(tmp_path: Path, monkeypatch: pytest.Mo
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=a100", "hydra.launcher.timeout_min=90"]
-    framework(*WORDS, *slurm, "tokenizer.vocab_size=400,500", cwd=tmp_path)
+    forked(*WORDS, *slurm, "tokenizer.vocab_size=400,500", cwd=tmp_path)
     script = next(tmp_path.glob("runs/sweep/.submitit/**/*.sh"))  # each job has a copy
     for line in ("--partition=a100", "--time=90", "--array=0-1%2"):
         assert f"#SBATCH {line}" in script.read_text()
@@ -107,13 +107,13 @@ def test_submitit_hands_the_jobs_to_slurm(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_a_launcher_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path, word: str, line: str) -> None:
-    done = framework(*WORDS, word, "tokenizer.vocab_size=400,500", cwd=tmp_path, check=False)
+    done = forked(*WORDS, word, "tokenizer.vocab_size=400,500", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_pipeline_is_not_swept(tmp_path: Path) -> None:
-    done = framework("pipeline", "-m", "experiment=quickstart", "seed=0,1", cwd=tmp_path, check=False)
+    done = forked("pipeline", "-m", "experiment=quickstart", "seed=0,1", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "-m sweeps one stage" in done.stderr

@@ -43,7 +43,7 @@ def test_status_and_report_read_what_lies_there(root: Path) -> None:
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(root: Path) -> None:
-    told = framework("doctor", cwd=root).stdout
+    told = forked("doctor", cwd=root).stdout
     for word in ("torch", "device", "gloo", "rms_norm: reference"):
         assert word in told
 

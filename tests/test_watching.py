@@ -1,4 +1,4 @@
-"""Runs as their users watch them, by real commands: at wandb, beside each other, and under a sweep's agent."""
+"""Runs as their users watch them, in processes of their own: at wandb, beside each other, and under a sweep's agent."""
 
 import json
 import os
@@ -13,19 +13,19 @@ import pytest
 from framework.core.config import recipes_folder
 from framework.main import compose
 from tests.journals import wandb_attempts
-from tests.tiny import WORDS, framework
+from tests.tiny import WORDS, forked
 
 STAGES = ("tokenizer", "pretrain")
 SWEEPS = ("sft", "reward_model", "ppo")
 TINY = ["device=cpu", "threads=1", "tracking.every=1", "tracking.progress=false", "train.steps=8", "batch.micro_size=4",
-        "evaluation.limit=4"]  # fmt: skip
+        "data.train=[corpora/tang/sft.valid.jsonl]", "data.valid=0.05", "evaluation.limit=4"]  # fmt: skip
 
 
 def pipeline(root: Path, *words: str) -> None:
     """The first two stages of the tiny quickstart."""
     ours = [word for word in WORDS if word.split(".")[0] not in ("sft", "reward_model", "ppo", "evaluate")]
     stages = ",".join(f"quickstart/{stage}" for stage in STAGES)
-    framework("pipeline", *ours, f"stages=[{stages}]", f"run.dir={root}", *words, cwd=root.parents[1])
+    forked("pipeline", *ours, f"stages=[{stages}]", f"run.dir={root}", *words, cwd=root.parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_group_of_one_s_own_is_kept() -> None:
 
 def test_a_longer_run_continues_the_same_run_at_wandb(root: Path) -> None:
     words = [word.removeprefix("pretrain.") for word in WORDS if word.startswith(("pretrain.", "threads", "tracking"))]
-    framework("pretrain", "experiment=quickstart/pretrain", *words, f"run.root={root}", "tracking=wandb",
+    forked("pretrain", "experiment=quickstart/pretrain", *words, f"run.root={root}", "tracking=wandb",
               "device=cpu", "train.steps=10", cwd=root.parents[1])  # fmt: skip
     first, second = wandb_attempts(root / "pretrain")
     assert first.run_id == second.run_id
@@ -72,7 +72,7 @@ def test_a_longer_run_continues_the_same_run_at_wandb(root: Path) -> None:
 
 
 def test_two_pipelines_are_compared_stage_by_stage(root: Path) -> None:
-    told = framework("compare", "runs/quickstart", "runs/other", "--html", "both.html", cwd=root.parents[1]).stdout
+    told = forked("compare", "runs/quickstart", "runs/other", "--html", "both.html", cwd=root.parents[1]).stdout
     tokenizer, pretrain, _ = told.split("\n\n")
     assert "recipe: the same" in tokenizer
     assert "final figures equal: vocab_size, bytes_per_token" in tokenizer

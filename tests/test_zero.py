@@ -15,8 +15,7 @@ import pytest
 
 from framework.main import main
 from tests.test_faults import fingerprints
-from tests.test_stopping import end, fork
-from tests.tiny import PPO, WORDS, command, environment, framework, model_folders
+from tests.tiny import PPO, WORDS, command, end, environment, fork, forked, model_folders
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +54,15 @@ def kill_after_a_checkpoint(words: Sequence[str], folder: Path) -> None:
 
 
 def test_zero2_ends_where_ddp_ends_and_goes_on_after_a_kill(tmp_path: Path, folder: Path) -> None:
-    framework(*pretrain(folder, tmp_path / "ddp", "parallel=ddp"), cwd=tmp_path)
-    done = framework(*pretrain(folder, tmp_path / "zero2", "parallel=zero2"), cwd=tmp_path)
+    forked(*pretrain(folder, tmp_path / "ddp", "parallel=ddp", "cluster.workers=1"), cwd=tmp_path)
+    done = forked(*pretrain(folder, tmp_path / "zero2", "parallel=zero2"), cwd=tmp_path)
     said = done.stdout + done.stderr + (tmp_path / "zero2/pretrain/logs/pretrain-1.log").read_text()
     assert figures(tmp_path / "zero2") == pytest.approx(figures(tmp_path / "ddp"), rel=1e-4)
     assert "Warning" not in said
     assert "deepspeed" not in said.lower()
     words = pretrain(folder, tmp_path / "killed", "parallel=zero2")
     kill_after_a_checkpoint(words, tmp_path / "killed/pretrain")
-    framework(*words, cwd=tmp_path)
+    forked(*words, cwd=tmp_path)
     assert json.loads((tmp_path / "killed/pretrain/status.json").read_text())["attempt"] == 2
     assert fingerprints(tmp_path / "killed") == fingerprints(tmp_path / "zero2")
 
@@ -74,7 +73,7 @@ def test_ppo_in_one_process_trains_actor_and_critic_on_it(tmp_path: Path, folder
     lines = {}
     for layout in ("single", "zero3"):
         root = tmp_path / layout
-        framework("ppo", *PPO, *models, f"run.dir={root}", f"parallel={layout}", "ppo.iterations=2", cwd=tmp_path)
+        forked("ppo", *PPO, *models, f"run.dir={root}", f"parallel={layout}", "ppo.iterations=2", cwd=tmp_path)
         lines[layout] = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     for one, zero in zip(lines["single"], lines["zero3"], strict=True):
         for name in ("ppo/score/mean", "actor/grad_norm", "critic/grad_norm", "critic/value_loss"):
@@ -89,13 +88,13 @@ NIGHTLY = [pytest.param("preference", layout, marks=pytest.mark.nightly) for lay
 @pytest.mark.parametrize(("stage", "layout"), [("sft", "zero2"), ("reward_model", "zero3"), *NIGHTLY])
 def test_other_stages_end_where_ddp_ends(stage: str, layout: str, tmp_path: Path, folder: Path) -> None:
     """Three steps and a validation on two ranks of DeepSpeed, against one process of torch."""
-    parts = [f"data.{part}=[corpora/tang/{CORPUS[stage]}.{part}.jsonl]" for part in ("train", "valid")]
+    parts = [f"data.train=[corpora/tang/{CORPUS[stage]}.valid.jsonl]", "data.valid=0.05"]
     words = [stage, f"init_from={folder / 'policy'}", *parts, f"data.cache={folder / 'prepared'}", "data.max_tokens=32"]
     words += ["train.steps=3", "optim.lr=1e-2", "batch.size=4", "tracking.every=1", "tracking.progress=false"]
     words += ["device=cpu", "threads=1", *(["dpo.beta=5"] if stage == "preference" else [])]
     log = tmp_path / "log"
     assert end(fork([*words, f"run.root={tmp_path / 'ddp'}", "parallel=ddp"], log), log)[0] == 0
-    framework(*words, f"run.root={tmp_path / layout}", f"parallel={layout}", "cluster.workers=2", cwd=tmp_path)
+    forked(*words, f"run.root={tmp_path / layout}", f"parallel={layout}", "cluster.workers=2", cwd=tmp_path)
     one, two = (figures(tmp_path / name, stage) for name in ("ddp", layout))
     assert len(one) > 2
     assert two == pytest.approx(one, rel=1e-5)

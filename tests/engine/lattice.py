@@ -217,7 +217,7 @@ Held = list[Piece]  # copies
 
 @dataclass(frozen=True)
 class Course:
-    """What one process saw of five steps. DeepSpeed's gradients can be had of the first step alone."""
+    """What one process saw of some steps. DeepSpeed's gradients can be had of the first step alone."""
 
     start: Held
     losses: list[float]
@@ -266,10 +266,10 @@ def share(rows: Rows, engine: Engine) -> Rows:
     return rows.select(torch.arange(len(rows)).tensor_split(engine.data_size)[engine.data_rank])
 
 
-def train(engine: Engine, update: Update) -> tuple[Course, "Traffic"]:
-    """Five steps: this rank's parts, and what the last step sent."""
+def train(engine: Engine, update: Update, steps: int = STEPS) -> tuple[Course, "Traffic"]:
+    """Some steps: this rank's parts, and what the last step sent."""
     start, losses, gradients = copies(engine.pieces()), [], []
-    for step in range(STEPS):
+    for step in range(steps):
         with Traffic() as seen:
             figures = means(engine.forward_backward(share(update.rows(step), engine), update.loss_fn))
         losses.append(figures.get("loss", next(iter(figures.values()))))

@@ -102,6 +102,7 @@ _BLIND = (
     "chatglm's kind",
     "sinusoidal, capped scores",
 )
+STEPS = 2  # the gradients, and what an AdamW step made of them; more of the same stands in test_lattice
 LAYOUTS = [
     Layout(2, ParallelConfig("tensor 2", tensor=2)),
     Layout(4, ParallelConfig("shard 2, tensor 2", shard=2, tensor=2)),
@@ -120,7 +121,7 @@ def course(runtime: Runtime, layout: Layout, name: str) -> Course:
     if model.encoder:
         update = replace(update, rows=lambda step: reading(UPDATES[PRETRAINING].rows(step)))
     engine = engine_of(layout, runtime, update, Precision.FP64, model)
-    found, _ = train(engine, update)
+    found, _ = train(engine, update, STEPS)
     if not model.moe.experts:
         return found
     figures = means(engine.forward_backward(share(update.rows(0), engine), update.loss_fn))
@@ -178,7 +179,7 @@ def of_experts(runtime: Runtime, parallel: ParallelConfig) -> Course:
     if parallel.context > 1:
         model = replace(model, moe=replace(model.moe, balance=0.0))
     layout = Layout(runtime.world_size, parallel if runtime.world_size > 1 else ParallelConfig())
-    return train(engine_of(layout, runtime, update, precision_of(parallel), model), update)[0]
+    return train(engine_of(layout, runtime, update, precision_of(parallel), model), update, STEPS)[0]
 
 
 def precision_of(parallel: ParallelConfig) -> Precision:

@@ -40,6 +40,7 @@ from tests.engine.lattice import (
 )
 
 UPDATE = UPDATES[PRETRAINING]
+STEPS = 3
 LAST = frozen_names(parameter_shapes(MODEL), [], 1, MODEL.num_layers)
 PARTS = frozen_names(parameter_shapes(MODEL), ["embedding", "layers.*.mlp", "layers.2", "norm"], 0, MODEL.num_layers)
 
@@ -54,10 +55,10 @@ def engine_with(
 
 
 def one(frozen: frozenset[str]) -> tuple[Course, dict[str, Tensor], dict[str, Tensor]]:
-    """(what one process saw, its weights before, and after five steps)."""
+    """(what one process saw, its weights before, and after some steps)."""
     engine = engine_with(frozen, Runtime(), ParallelConfig())
     before = {name: x.clone() for name, x in engine.weights()}
-    course, _ = train(engine, UPDATE)
+    course, _ = train(engine, UPDATE, STEPS)
     return course, before, dict(engine.weights())
 
 
@@ -74,7 +75,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_learns_as_in_a_plain_loop(fr
     rest = [p for name, p in learning.items() if p.dim() != 2 or "embedding" in name]
     groups = [{"params": decayed, "weight_decay": OPTIM.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
-    for step in range(5):
+    for step in range(STEPS):
         engine.forward_backward(UPDATE.rows(step), UPDATE.loss_fn)
         torch.nn.utils.clip_grad_norm_([*decayed, *rest], OPTIM.clip)
         for group in adamw.param_groups:
@@ -126,7 +127,7 @@ LAYOUTS = [
 def visit(runtime: Runtime, layout: Layout, answers: Mapping[frozenset[str], Course]) -> list[Any]:
     found: list[Any] = []
     for frozen, answer in answers.items():
-        course, _ = train(engine_with(frozen, runtime, layout.parallel), UPDATE)
+        course, _ = train(engine_with(frozen, runtime, layout.parallel), UPDATE, STEPS)
         found.append(compare(course, answer))
     layers = reached(engine_with(LAST, runtime, layout.parallel))
     return [*found, layers]
@@ -180,7 +181,7 @@ def zero_visit(runtime: Runtime, answers: Mapping[frozenset[str], Course], folde
     found: dict[str, list[Any]] = {}
     for parallel in ZERO:
         engines = {frozen: engine_with(frozen, runtime, parallel, Precision.FP32) for frozen in answers}
-        deviations = [compare(train(engines[frozen], UPDATE)[0], answer) for frozen, answer in answers.items()]
+        deviations = [compare(train(engines[frozen], UPDATE, STEPS)[0], answer) for frozen, answer in answers.items()]
         hashes = rewritten(engines[LAST], Layout(2, parallel), runtime, folder)
         found[parallel.name] = [*deviations, hashes, reached(engines[LAST])]
     return found
@@ -190,7 +191,7 @@ def test_deepspeed_gives_one_process_s_answer_and_checkpoint(tmp_path: Path) -> 
     pytest.importorskip("deepspeed")
     hashes = saved(tmp_path)
     answers = {
-        frozen: train(engine_with(frozen, Runtime(), ParallelConfig(), Precision.FP32), UPDATE)[0]
+        frozen: train(engine_with(frozen, Runtime(), ParallelConfig(), Precision.FP32), UPDATE, STEPS)[0]
         for frozen in (LAST, PARTS)
     }
     for rank in run_ranks(zero_visit, 2, answers, tmp_path, timeout_s=280):

@@ -30,8 +30,8 @@ from framework.models.hub import save_weights
 from framework.models.init import parameter_shapes, random_weights
 from tests.distributed import run_ranks
 from tests.test_faults import measured
-from tests.test_stopping import ASK, end, fork
-from tests.tiny import model_folders
+from tests.test_stopping import ASK
+from tests.tiny import end, fork, model_folders
 
 QUIET = ["device=cpu", "threads=1", "tracking.progress=false", "tracking.every=1", "optim.warmup=0"]
 SHORT = ["batch.size=4", "batch.micro_size=2", "train.steps=6", "optim.lr=1e-2", "data.max_tokens=24"]

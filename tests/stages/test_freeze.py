@@ -15,7 +15,7 @@ from tests.tiny import PPO, forked, model_folders
 
 BOTH = ("model", "adapter")
 WORDS = ["data.max_tokens=32", "batch.size=4", "train.steps=2", "optim.lr=1e-2", "device=cpu", "threads=1"]
-WORDS += ["tracking.progress=false", "data.train=[corpora/tang/sft.train.jsonl]"]
+WORDS += ["tracking.progress=false", "data.train=[corpora/tang/sft.valid.jsonl]"]
 
 
 def test_sft_of_the_last_layer_alone(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_an_adapter_is_trained_saved_explained_and_started_from(tmp_path: Path) 
     torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-5)
     assert (adapted - before).abs().max() > 1e-4
     forked("generate", "runs/sft/adapter", "花", "--max-tokens=8", cwd=tmp_path)
-    pairs = "data.train=[corpora/tang/preference.train.jsonl]"
+    pairs = "data.train=[corpora/tang/preference.valid.jsonl]"
     rm = [f"init_from={run / 'adapter'}", *WORDS[:-1], pairs, "lora.rank=2", "run.dir=runs/rm"]
     forked("reward_model", *rm, cwd=tmp_path)
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -17,21 +17,21 @@ from framework.main import compose
 from framework.stages import launch as room
 from framework.stages.config import PpoRun, TrainingRun
 from tests.test_bad_input import pretrain
-from tests.tiny import command, environment, framework
+from tests.tiny import command, environment, forked
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and a model that one process trained."""
     folder = tmp_path_factory.mktemp("one")
-    framework("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
-    done = framework(*pretrain(folder, folder), cwd=folder)
+    forked("tokenizer", "experiment=quickstart/tokenizer", f"run.root={folder}", cwd=folder)
+    done = forked(*pretrain(folder, folder), cwd=folder)
     assert done.stdout.startswith("pretrain: layout: ddp = one process\npretrain: rank 0 on cpu\n")
     return folder
 
 
 def test_two_ranks_end_where_one_process_ends(tmp_path: Path, trained: Path) -> None:
-    done = framework(*pretrain(tmp_path, trained, "cluster.workers=2"), cwd=tmp_path)
+    done = forked(*pretrain(tmp_path, trained, "cluster.workers=2"), cwd=tmp_path)
     seats = "rank 0 on cpu at replicate 0, rank 1 on cpu at replicate 1"
     assert done.stdout.startswith(f"pretrain: layout: ddp = replicate 2\npretrain: {seats}\n")
     one, two = (load_file(folder / "pretrain/model/model.safetensors") for folder in (trained, tmp_path))
@@ -45,7 +45,7 @@ def test_two_ranks_end_where_one_process_ends(tmp_path: Path, trained: Path) -> 
 
 def test_a_signal_to_the_command_saves_on_all_ranks_and_the_command_continues(tmp_path: Path, trained: Path) -> None:
     quiet = ["train.validate_every=0", "evaluation.tasks=[]"]
-    words = pretrain(tmp_path, trained, *quiet, "cluster.workers=2", "train.steps=200", "checkpoint.every=0")
+    words = pretrain(tmp_path, trained, *quiet, "cluster.workers=2", "train.steps=100", "checkpoint.every=0")
     process = subprocess.Popen(
         command(*words), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -58,14 +58,14 @@ def test_a_signal_to_the_command_saves_on_all_ranks_and_the_command_continues(tm
     assert process.returncode == 143, errors
     assert "the same command continues from here" in errors
     assert "Traceback" not in errors
-    assert 3 <= json.loads((tmp_path / "pretrain/status.json").read_text())["step"] < 200
-    framework(*words, cwd=tmp_path)
+    assert 3 <= json.loads((tmp_path / "pretrain/status.json").read_text())["step"] < 100
+    forked(*words, cwd=tmp_path)
     assert json.loads((tmp_path / "pretrain/summary.json").read_text())["attempts"] == 2
 
 
 def test_an_error_of_all_ranks_is_one_line(tmp_path: Path, trained: Path) -> None:
     words = pretrain(tmp_path, trained, "cluster.workers=2", "data.train=[nothing.txt]")
-    done = framework(*words, cwd=tmp_path, check=False)
+    done = forked(*words, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "framework pretrain: data.train: nothing.txt: no such file or folder\n"
 

@@ -28,8 +28,8 @@ from framework.tasks.task import corpus_folder
 from tests.distributed import run_ranks
 from tests.engine.cases import TIED, build, packed
 from tests.test_faults import measured
-from tests.test_stopping import ASK, end, fork
-from tests.tiny import model_folders
+from tests.test_stopping import ASK
+from tests.tiny import end, fork, model_folders
 
 QUIET = ["device=cpu", "threads=1", "tracking.progress=false", "tracking.every=1", "optim.warmup=0"]
 SIZES = ["data.max_tokens=32", "batch.size=4", "batch.micro_size=2", "train.steps=6", "optim.lr=1e-2"]

@@ -31,9 +31,8 @@ from framework.stages.reference import FILE
 from tests.distributed import run_ranks
 from tests.objectives.laws import TRL_ON_CPU
 from tests.test_faults import measured
-from tests.test_stopping import ASK, end, fork
-from tests.tiny import framework as command
-from tests.tiny import model_folders
+from tests.test_stopping import ASK
+from tests.tiny import end, fork, forked, model_folders
 
 PAIRS = recipes_folder() / "corpora" / "tang" / "preference.train.jsonl"
 QUIET = ["device=cpu", "threads=1", "tracking.progress=false", "tracking.every=1", "optim.warmup=0"]
@@ -282,7 +281,7 @@ def test_two_ranks_end_where_one_does(folder: Path, tmp_path: Path, undisturbed:
 def test_the_command_trains_an_adapter_runs_tasks_and_says_what_was_learned(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tasks = ["evaluation.tasks=[assigned_rhyme]", "evaluation.limit=2", "sampling.max_tokens=8"]
-    said = command(*words(folder, run, "lora.rank=2", *tasks), cwd=tmp_path).stdout
+    said = forked(*words(folder, run, "lora.rank=2", *tasks), cwd=tmp_path).stdout
     assert "is preferred to" in said
     assert "parameters learn (" in said
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
