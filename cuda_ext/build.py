@@ -44,7 +44,8 @@ class Kind:
     link: tuple[str, ...] = ()
 
 
-_PLAIN = ("-std=c++17", "-fPIC", "-DEMULATOR", "-x", "c++", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+_PLAIN = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-DEMULATOR", "-x", "c++", *_WARNINGS)
 EMULATOR = Kind("emulator", "g++", ("-O1", *_PLAIN))
 ADDRESS = Kind("address", "g++", ("-O1", "-g1", "-fsanitize=address", *_PLAIN), ("-fsanitize=address",))
 CUDA = Kind(

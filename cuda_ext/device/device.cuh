@@ -87,7 +87,7 @@ __device__ inline void store(T* to, const Pack<T, N>& pack) {
 template <class T>
 constexpr int kWide = 16 / sizeof(T);  // numbers in sixteen bytes
 
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__host__ __device__ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Calls part(std::integral_constant<int, N>{}, at) for the N numbers of this thread among `numel`, or with 1 for each of
 // the last ones, if they are fewer.

@@ -92,10 +92,13 @@ inline void check(const char* name, const Tensor& tensor, int32_t dtype, int64_t
   check_contiguous(name, tensor);
 }
 
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes);
+}
+
 // Refuses what has not the dtype and the sizes of `other`, or is not contiguous.
 inline void check_like(const char* name, const Tensor& tensor, const char* name_of_other, const Tensor& other) {
-  const bool same = tensor.dim == other.dim && std::equal(tensor.sizes, tensor.sizes + tensor.dim, other.sizes);
-  if (!same || tensor.dtype != other.dtype)
+  if (!same_sizes(tensor, other) || tensor.dtype != other.dtype)
     refuse("%s is %s %s beside %s of %s %s: both must be alike", name, name_of(tensor.dtype), shape_of(tensor).c_str(),
            name_of_other, name_of(other.dtype), shape_of(other).c_str());
   check_contiguous(name, tensor);

@@ -322,7 +322,12 @@ T atomicAdd(T* at, T value) {  // integers only in this project: sums of floats 
   return old;
 }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+// One rounding each; the build forbids the compiler to fuse them (-ffp-contract=off).
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
 inline int multiprocessors() { return emulator::machine.processors; }

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext.adamw import op, reference
-from cuda_ext.adamw.op import adamw
+from cuda_ext.adamw.op import adamw, multi_tensor_norm
 from framework.core.runtime import num_threads
 
 HYPER = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -75,3 +75,46 @@ def test_stretch_by_stretch_gives_the_definition_s_bits(monkeypatch: pytest.Monk
 
 def test_nothing_to_update_is_no_error() -> None:
     adamw([], [], [], [], step=1, **HYPER)
+
+
+def test_what_the_gradient_is_multiplied_by_and_the_copy_by_hand() -> None:
+    """g = 8 * 1/4 * 1/2 = 1: m = 0.1, v = 0.05, and p <- 2 * 0.999 - 0.01, in bf16 1.9844."""
+    p, m, v = torch.tensor([2.0]), torch.zeros(1), torch.zeros(1)
+    copy = torch.zeros(1, dtype=torch.bfloat16)
+    grad = torch.tensor([8.0])
+    adamw([p], [grad], [m], [v], step=1, **HYPER, unscale=0.25, clip=torch.tensor(0.5), copies=[copy])
+    torch.testing.assert_close(torch.cat((p, m, v)), torch.tensor([1.988, 0.1, 0.05]))
+    assert copy.tolist() == [1.984375]
+    assert grad.tolist() == [8.0]
+
+
+@pytest.mark.parametrize("flag", [1.0, torch.nan])
+def test_nothing_is_written_where_the_gradient_is_not_finite(flag: float) -> None:
+    state = [[torch.ones(3)] for _ in range(4)]
+    adamw(*state, step=1, **HYPER, non_finite=torch.tensor(flag), copies=[torch.ones(3).bfloat16()])
+    assert all((x == 1).all() for (x,) in state)
+    adamw(*state, step=1, **HYPER, non_finite=torch.tensor(0.0))
+    assert (state[0][0] != 1).all()
+
+
+def test_gradients_in_bf16_are_widened_first() -> None:
+    torch.manual_seed(0)
+    narrow = torch.randn(50).bfloat16()
+    results = []
+    for grad in (narrow, narrow.float()):
+        state = [torch.ones(50), torch.zeros(50), torch.zeros(50)]
+        adamw([state[0]], [grad], [state[1]], [state[2]], step=1, **HYPER)
+        results.append(state)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_norm_of_many_tensors() -> None:
+    """sqrt(9 + 16 + 144) = 13, torch's own, and 1 where it is not finite."""
+    norm, non_finite = multi_tensor_norm([torch.tensor([3.0]), torch.tensor([[4.0, 12.0]])])
+    assert (float(norm), float(non_finite)) == (13.0, 0.0)
+    assert float(multi_tensor_norm([torch.tensor([26.0])], unscale=0.5)[0]) == 13.0
+    tensors = [torch.randn(3, 5), torch.randn(70)]
+    torch.testing.assert_close(multi_tensor_norm(tensors)[0], torch.nn.utils.get_total_norm(tensors))
+    for bad in (torch.nan, torch.inf, 1e30):
+        assert float(multi_tensor_norm([*tensors, torch.tensor([bad])])[1]) == 1
+    assert float(multi_tensor_norm([])[0]) == 0
