@@ -145,7 +145,7 @@ class Decoding:
         board, rows = self.board, self.row_in[slots]
         drawn = board.lengths[rows] - board.prompt_lengths[rows]
         uniforms = self.uniforms[self._on_device(slots), self._on_device(drawn)]
-        tokens, log_probs = sample(logits, uniforms, self.sampling)
+        tokens, log_probs = sample(logits, uniforms, self.sampling, self.model.strict)
         place = (self._on_device(rows), self._on_device(board.lengths[rows]))
         board.tokens[place] = tokens
         board.log_probs[place] = log_probs

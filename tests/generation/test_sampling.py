@@ -13,15 +13,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from cuda_ext.sampling import reference
+from cuda_ext.sampling.reference import draw, token_log_probs
 from framework.core.errors import NonFiniteError
 from framework.generation.config import SamplingConfig
 from framework.generation.sampling import (
-    draw,
     require_finite,
     sample,
     sampling_uniforms,
-    token_log_probs,
-    token_weights,
 )
 
 LARGEST = 1 - 2.0**-53  # the largest double below 1
@@ -29,6 +28,10 @@ LARGEST = 1 - 2.0**-53  # the largest double below 1
 
 def random_logits(rows: int, vocab: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def token_weights(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    return reference.token_weights(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def test_inverse_cdf_by_hand() -> None:
