@@ -117,8 +117,9 @@ class Transformer(nn.Module):
 
         positions[B|1,T] default to 0..T-1; packed rows restart them per document. document_ids[B,T]: attention stays
         within equal ids, 0 is padding; None means that each row is one document, for a decoder padded on the right if
-        at all, which is faster. prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see;
-        what stands in a span, span_positions[B,T] > 0 (from 1 on; 0 in the text around), is none of it.
+        at all, which is faster; its length, where a dynamic scaling asks, is what its positions count to.
+        prefix_lengths[B] or, a token for its document, [B,T]: how much of it all may see; what stands in a span,
+        span_positions[B,T] > 0 (from 1 on; 0 in the text around), is none of it.
         token_types[B,T] default to 0. encoder_tokens[B,S] is what an encoder reads, or states[B,S,D] that `encode` has
         made of it; of encoder_document_ids[B,S] a token sees those equal to its own, or all but 0. With `cache`, rows
         are the view's slots, and positions say where in them the tokens stand; what an encoder has read is given once

@@ -274,8 +274,8 @@ def test_dynamic_scaling_is_decoded_within_its_context_and_refused_beyond() -> N
     assert torch.equal(torch.where(rollout.response_mask, trainer, 0.0), rollout.log_probs)
     with pytest.raises(UsageError, match=r"5 tokens; .* dynamic rotary scaling .*original_positions=16: .* up to 4"):
         tiny.generator(config=config).generate(one_prompt([1] * 5), SAMPLING, width=WIDTH)
+    cache = KVCache(config, 1, 24)
     with pytest.raises(IndexError):
-        cache = KVCache(config, 1, 24)
         tiny.model(config=config)(torch.tensor([[3]]), positions=torch.tensor([[16]]), cache=cache.view())
 
 
