@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -223,6 +224,21 @@ def fsdp2(here: Runtime, task: Task) -> Loop:
     return Bare(module)
 
 
+class NormOfSum(ParallelStyle):
+    """As SequenceParallel, for a norm that takes a residual beside its input and gives their sum beside its output."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, None, self._share, self._keep)
+
+    @staticmethod
+    def _share(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        return tuple(DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in inputs)
+
+    @staticmethod
+    def _keep(module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
+        return outputs[0], outputs[1].to_local()
+
+
 def tensor_parallel(here: Runtime, task: Task) -> Loop:
     """As torch's tutorial has it for a Llama, sequence parallel, with a parallel loss."""
     module, mesh = Plain(task), init_device_mesh("cpu", (here.world_size,))
@@ -231,7 +247,7 @@ def tensor_parallel(here: Runtime, task: Task) -> Loop:
         "attention_norm": SequenceParallel(),
         "attention": PrepareModuleInput(input_layouts=(cut, None), desired_input_layouts=(whole, None)),
         "attention.o": RowwiseParallel(output_layouts=cut),
-        "mlp_norm": SequenceParallel(),
+        "mlp_norm": NormOfSum(),
         "mlp": PrepareModuleInput(input_layouts=(cut,), desired_input_layouts=(whole,)),
         "mlp.down": RowwiseParallel(output_layouts=cut),
     }
