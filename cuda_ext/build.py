@@ -77,7 +77,6 @@ def build(kind: Kind, folder: Path = BUILT, sources: Sequence[Path] | None = Non
     files = _all_sources() if sources is None else list(sources)
     library = library_path(kind, folder, files)
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             binding = pool.submit(_binding, kind, folder)
             objects = list(pool.map(functools.partial(compile_one, kind, folder=folder), files))
@@ -116,6 +115,7 @@ def _all_sources() -> list[Path]:
 
 def _make(made: Path, command: list[str]) -> Path:
     """Its output appears whole or not at all: two builds at once do no harm."""
+    made.parent.mkdir(parents=True, exist_ok=True)
     part = made.with_name(f"{made.name}.{os.getpid()}")
     try:
         run([*command, "-o", str(part)])

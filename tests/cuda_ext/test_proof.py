@@ -57,8 +57,8 @@ def test_a_spill_or_a_warning_is_an_error(tmp_path: Path, source: str, says: str
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong/kernel.cu").write_text(source)
     with pytest.raises(BuildError, match=says):
-        compile_one(CUDA, tmp_path / "wrong/kernel.cu", tmp_path)
-    assert not list(tmp_path.glob("*.o*")), "nothing half-made stays"
+        compile_one(CUDA, tmp_path / "wrong/kernel.cu", tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == [], "nothing half-made stays"
 
 
 def test_demands_that_are_not_met_are_faults() -> None:
