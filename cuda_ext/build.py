@@ -77,6 +77,7 @@ def build(kind: Kind, folder: Path = BUILT, sources: Sequence[Path] | None = Non
     files = _all_sources() if sources is None else list(sources)
     library = library_path(kind, folder, files)
     if not library.exists():
+        compiler(kind), _torch_folder()  # refused before minutes of compiling
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             binding = pool.submit(_binding, kind, folder)
             objects = list(pool.map(functools.partial(compile_one, kind, folder=folder), files))
