@@ -1,4 +1,4 @@
-"""Kernels are compiled for the emulator with CUDA's own headers: without them, what needs it is left out with a reason."""
+"""Kernels are compiled for the emulator with CUDA's own headers: without them, what needs it is skipped."""
 
 import shutil
 
