@@ -30,13 +30,6 @@
     cudaError_t error = cudaGetLastError();                                                                       \
     if (error != cudaSuccess) refuse("%s was not launched: %s", #kernel, cudaGetErrorString(error));              \
   } while (0)
-
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
 #endif
 
 constexpr int kWarp = 32;

@@ -69,7 +69,6 @@ struct Machine {
   std::mutex one_launch;
   std::mt19937 random{0};
   int64_t first_block = 0, last_block = INT64_MAX;  // only these run: tests of sizes that no machine computes whole
-  int processors = 4;
 
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -329,8 +328,6 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
-
-inline int multiprocessors() { return emulator::machine.processors; }
 
 // The next launches: their schedule, and which blocks of a grid run.
 extern "C" __attribute__((visibility("default"), weak)) void cuda_ext_emulate(
