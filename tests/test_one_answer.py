@@ -35,17 +35,19 @@ def test_ppo_under_tensor_parallel_on_ray(tmp_path: Path) -> None:
 
 def test_the_stream_of_rows_goes_on_under_another_layout_and_world(tmp_path: Path, whole: Path) -> None:
     """Two tensor ranks die once the checkpoint of step 4 stands; two data ranks go on from there, each with half of the
-    rows. Every step's loss is the undisturbed process's: other rows would be off by far more than that."""
+    rows. Every step's loss is the undisturbed process's: other rows would be off by a hundredth."""
     folder, log = tmp_path / "pretrain", tmp_path / "log"
-    assert suffer(words("pretrain", tmp_path, whole, "parallel=tp"), log, 2, Kill(0, KEPT, 2), 0.0)
+    seed = "seed=1"  # one by which no two steps in a row have nearly one loss
+    assert end(fork(words("pretrain", tmp_path / "alone", whole, seed), log), log)[0] == 0
+    assert suffer(words("pretrain", tmp_path, whole, seed, "parallel=tp"), log, 2, Kill(0, KEPT, 2), 0.0)
     assert newest(folder) == 4
-    finish(words("pretrain", tmp_path, whole, "parallel=fsdp"), log, 2)
+    finish(words("pretrain", tmp_path, whole, seed, "parallel=fsdp"), log, 2)
     assert json.loads((folder / "status.json").read_text())["attempt"] == 2
-    mine, its = (losses(place / "pretrain") for place in (tmp_path, whole))
+    mine, its = (losses(place / "pretrain") for place in (tmp_path, tmp_path / "alone"))
     assert list(mine) == [*range(1, 9)]
-    tolerance = bound(ModelConfig(num_layers=1), 4 * 64)
-    assert mine == pytest.approx(its, rel=tolerance)
-    assert min(abs(a - b) / a for a, b in pairwise(its.values())) > 20 * tolerance
+    assert mine == pytest.approx(its, rel=bound(ModelConfig(num_layers=1), 4 * 64))
+    steps = list(its.values())
+    assert min(abs(a - b) for a, b in pairwise(steps)) > 1e-3
 
 
 def losses(folder: Path) -> dict[int, float]:
