@@ -110,3 +110,15 @@ def test_emulated_what_does_not_fit_is_named() -> None:
             run(x, None, torch.ones(8), torch.ones(8).bfloat16(), EPS, y, None, row, row)
         with pytest.raises(RuntimeError, match=r"layer_norm_forward: mean \[2\] has 2 elements, not 3"):
             run(x, None, torch.ones(8), None, EPS, y, None, torch.empty(2), row)
+
+
+def test_emulated_it_stays_in_a_compiled_graph_and_nan_in_its_row() -> None:
+    values = inputs((3, 8), torch.float32)
+    with emulated():
+        compiled = torch.compile(op.layer_norm, fullgraph=True, backend="aot_eager")
+        for a, b in zip(both_ways(values, compiled), both_ways(values), strict=True):
+            assert torch.equal(a, b)
+        values[0][1, 2] = torch.nan
+        broken = op.layer_norm(values[0], values[2], values[3], EPS)
+    assert broken[1].isnan().all()
+    assert broken[[0, 2]].isfinite().all()

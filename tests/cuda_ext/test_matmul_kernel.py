@@ -79,3 +79,11 @@ def test_the_reference_is_torch_s_product() -> None:
     a, b = draw(5, 6), draw(6, 7, seed=1)
     assert torch.equal(reference.matmul(a, b), a @ b)
     assert torch.equal(reference.matmul(a.half(), b.half()), (a.half().float() @ b.half().float()).half())
+
+
+def test_emulated_it_stays_in_a_compiled_graph() -> None:
+    a, b = draw(3, 4), draw(4, 5, seed=1)
+    with emulated():
+        assert torch.equal(
+            torch.compile(matmul, fullgraph=True, backend="aot_eager")(a, b, "tiles"), matmul(a, b, "tiles")
+        )
