@@ -43,12 +43,12 @@ def _torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return table.gather(1, targets.unsqueeze(1)).squeeze(1), -(table.exp() * table).sum(1)
 
 
-def _mean(log_probs: Tensor, _: Tensor | None, rows: Any, count: int) -> tuple[Tensor, Metrics]:
+def _mean(log_probs: Tensor, _: Tensor | None, rows: Any, *, count: int) -> tuple[Tensor, Metrics]:
     return -log_probs.sum() / count, {}
 
 
 def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    loss, _ = linear_token_loss(hidden, weight, targets, _mean, None, len(hidden))
+    loss, _ = linear_token_loss(hidden, weight, targets, functools.partial(_mean, count=len(hidden)), None)
     return torch.autograd.grad(loss, (hidden, weight))
 
 

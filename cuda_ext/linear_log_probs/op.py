@@ -5,7 +5,7 @@ matrix product has one shape and a row's bits do not depend on how many there ar
 in the dtype of the inputs, are read once, and are computed again in the backward pass: 8 M D V operations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from cuda_ext import dispatch, library
 from cuda_ext.linear_log_probs import reference
 
+Gather = Callable[[Tensor], Tensor]  # x of this shard of the vocabulary -> [S, ...], that of each
 _MOST_ROWS, _MOST_LOGITS = 2048, 1 << 28  # of a chunk: 512 MiB in bf16
 _COLUMNS = 64  # a buffer's rows begin on as many bytes as any GEMM wants
 
@@ -56,6 +57,25 @@ def linear_scores(
     if not uses_kernel(hidden, weight):
         return reference.linear_scores(hidden, weight, targets, bias, temperature, vocab_size, soft_cap)
     return _fused(hidden, weight, targets, bias, temperature, vocab_size, soft_cap)
+
+
+def shard_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    gather: Gather,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    soft_cap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(log_probs, entropy), both [M], of a vocabulary of which weight[v,D] and bias[v] are a shard; targets[M] count
+    from its first row. The kernel's alone (`uses_kernel`); `gather` brings together four numbers a row. Gradients of
+    weight and bias are this shard's; hidden's is the summand that this shard gives."""
+    hidden, weight = of_one_dtype(hidden, weight)
+    bias = None if bias is None else bias.float()
+    words = temperature, soft_cap, len(weight), rows_of(len(weight))
+    log_probs, entropy = _OfShard.apply(hidden, weight, bias, targets, gather, words)
+    return log_probs, entropy
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -198,6 +218,33 @@ def merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_whole = whole.log()
     below = (factor * (moment + shift * total)).sum(0)
     return target.sum(0) - top - log_whole, log_whole - below / whole, top, log_whole
+
+
+class _OfShard(torch.autograd.Function):
+    """`fused_shard` and `fused_backward`, with what other shards know between them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        gather: Gather,
+        words: tuple[float, float, int, int],
+    ) -> tuple[Tensor, Tensor]:
+        shard = fused_shard(hidden, weight, bias, targets, *words)
+        log_probs, entropy, largest, log_total = merge(gather(shard[:4]))
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, torch.stack([largest, log_total, shard[4]]))
+        ctx.words = words
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        three = [*gradients, torch.zeros_like(gradients[0])]
+        found = fused_backward(*ctx.saved_tensors, three, *ctx.words, *needed[:2])
+        return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None, None
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A pointwise loss straight from hidden states: its gradient is taken chunk by chunk, so that logits are computed once.
 
 6 M D V operations where a loss that looks at all log-probs at once needs 8: `linear_log_probs`. Left out: losses whose
-token terms are not summed one by one (sequence ratios, pairs), and gradients of anything but hidden, weight and bias.
+token terms are not summed one by one (sequence ratios, pairs), gradients of anything but hidden, weight and bias, and
+shards of a vocabulary without the kernel.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from cuda_ext import library
 from cuda_ext.linear_log_probs import reference
-from cuda_ext.linear_log_probs.op import Gradients, chunks, of_one_dtype, rows_of, uses_kernel
+from cuda_ext.linear_log_probs.op import Gather, Gradients, chunks, merge, of_one_dtype, rows_of, uses_kernel
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), which add over chunks
-TokenLoss = Callable[[Tensor, Tensor | None, Any, Any], tuple[Tensor, Metrics]]
+TokenLoss = Callable[[Tensor, Tensor | None, Any], tuple[Tensor, Metrics]]
 
 
 def linear_token_loss(
@@ -25,21 +26,24 @@ def linear_token_loss(
     targets: Tensor,
     token_loss: TokenLoss,
     rows: Any,
-    counts: Any,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     with_entropy: bool = False,
     soft_cap: float = 0.0,
     chunk: int | None = None,
+    gather: Gather | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The (loss, metrics) of `token_loss(log_probs, entropy or None, rows, counts)`, a sum over labels divided by
-    something global out of `counts`. hidden[M,D], weight[V,D], targets[M]; `rows` is a pytree of tensors [M,...].
+    """The (loss, metrics) of `token_loss(log_probs, entropy or None, rows)`, a sum over labels divided by something
+    global, which it knows. hidden[M,D], weight[V,D], targets[M]; `rows` is a pytree of tensors [M,...].
 
     `token_loss` sees some rows at a time; what it gives is added up, metrics as well. The gradients of hidden, weight
-    and bias are made in the forward pass, if any of them wants one.
+    and bias are made in the forward pass, if any of them wants one. With `gather`, weight and bias are a shard of the
+    vocabulary (see `shard_log_probs`), and every shard must be called alike.
     """
     kernel = uses_kernel(hidden, weight)
+    if gather is not None and not kernel:
+        raise ValueError("a shard of a vocabulary needs the kernel, which does not run here: see cuda_ext.explain()")
     if kernel:
         hidden, weight = of_one_dtype(hidden, weight)
     else:
@@ -47,8 +51,8 @@ def linear_token_loss(
         hidden, weight = hidden.to(wide), weight.to(wide)
     bias = None if bias is None else bias.to(torch.promote_types(weight.dtype, torch.float32))
     size = len(weight) if vocab_size is None else vocab_size
-    call = _Call(token_loss, rows, counts, targets.contiguous(), temperature, soft_cap, size, with_entropy,
-                 chunk or rows_of(len(weight)), kernel)  # fmt: skip
+    call = _Call(token_loss, rows, targets.contiguous(), temperature, soft_cap, size, with_entropy,
+                 chunk or rows_of(len(weight)), kernel, gather)  # fmt: skip
     loss: Tensor = _InForward.apply(hidden, weight, bias, call)
     return loss, call.metrics
 
@@ -60,7 +64,6 @@ class _Call:
         self,
         token_loss: TokenLoss,
         rows: Any,
-        counts: Any,
         targets: Tensor,
         temperature: float,
         soft_cap: float,
@@ -68,8 +71,9 @@ class _Call:
         with_entropy: bool,
         chunk: int,
         kernel: bool,
+        gather: Gather | None,
     ):
-        self.token_loss, self.rows, self.counts, self.targets = token_loss, rows, counts, targets
+        self.token_loss, self.rows, self.targets, self.gather = token_loss, rows, targets, gather
         self.scale, self.vocab_size = (temperature, soft_cap), vocab_size
         self.with_entropy, self.chunk, self.kernel = with_entropy, chunk, kernel
         self.metrics: Metrics = {}
@@ -99,7 +103,7 @@ class _Call:
         leaves = log_probs.requires_grad_(), entropy.requires_grad_()
         own = pytree.tree_map(lambda x: x[rows] if isinstance(x, Tensor) else x, self.rows)
         with torch.enable_grad():
-            loss, metrics = self.token_loss(leaves[0], leaves[1] if self.with_entropy else None, own, self.counts)
+            loss, metrics = self.token_loss(leaves[0], leaves[1] if self.with_entropy else None, own)
         for name, (value, weight) in metrics.items():
             before = self.metrics.get(name, (0, 0))
             self.metrics[name] = (before[0] + value.detach(), before[1] + weight.detach())
@@ -114,7 +118,7 @@ class _Call:
             return reference.target_logits(hidden, weight, targets, bias)
         out = hidden.new_empty(len(hidden), dtype=torch.float32)
         library.operators(hidden).linear_log_probs_target(
-            hidden, weight, bias, targets, float("nan"), self.vocab_size, out
+            hidden, weight, bias, targets, float("nan") if self.gather is None else 0.0, self.vocab_size, out
         )
         return out
 
@@ -123,11 +127,11 @@ class _Call:
         targets = self.targets[rows]
         if not self.kernel:
             return reference.row_scores(self._with_bias(logits, bias), targets, at_target, *self.scale)
-        out = [torch.empty_like(at_target) for _ in range(4)]
-        library.operators(logits).linear_log_probs_rows(
-            logits, bias, targets, at_target, *self.scale, self.vocab_size, *out
-        )
-        return tuple(out)
+        out = at_target.new_empty(4, len(at_target))
+        kernels = library.operators(logits)
+        of_rows = kernels.linear_log_probs_rows if self.gather is None else kernels.linear_log_probs_shard
+        of_rows(logits, bias, targets, at_target, *self.scale, self.vocab_size, *out.unbind())
+        return out.unbind() if self.gather is None else merge(self.gather(out))
 
     def _to_gradient(
         self,

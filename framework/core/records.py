@@ -241,6 +241,22 @@ def count(rows: Rows) -> Counts:
     )
 
 
+def labels_of(rows: Rows) -> Rows:
+    """The same record of the labels that count alone, in the order of rows.inputs().loss_mask: of entries [B, T] those
+    that speak of a label, of entries [B] its row's -> [M] each. What a pointwise loss is given. Left out: an encoder's
+    source, and what a row says besides its inputs of pairs and classes.
+
+    The two answers 4 and 9 of `Rollout`'s example: tokens [4, 9]   log_probs [-1.2, -0.3]   finished [True, True]
+    """
+    if isinstance(rows, Rollout | Experience):
+        mask = (rows.rollout if isinstance(rows, Experience) else rows).response_mask
+    else:
+        rows = dataclasses.replace(rows.inputs(), source=None)
+        mask = rows.loss_mask
+    place = mask.nonzero(as_tuple=True)
+    return rows._map(lambda x: x[place] if x.dim() > 1 else x[place[0]])
+
+
 def align(x: Tensor) -> Tensor:
     """From prediction positions to token positions: [B, T] -> [B, T], one step to the right, zero in front."""
     return torch.cat([x.new_zeros(x.shape[0], 1), x[:, :-1]], dim=1)

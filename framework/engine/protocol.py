@@ -49,8 +49,10 @@ class Engine(Protocol):
         loss = sum / global count under any split. Returns metrics summed over ranks. Rows without a document are left
         out and never reach `loss_fn`; a rank may have no rows at all.
 
-        A loss_fn with the attribute `pointwise = True` is a token_loss(log_probs, entropy, rows, counts) and runs
-        inside the Scorer's forward. One with `needs_entropy = True` gets the entropy too.
+        A loss_fn with the attribute `pointwise = True` is a token_loss(log_probs, entropy, rows, counts), a sum over
+        labels, each by itself. It runs inside the Scorer's forward, is given those that count alone, all of them [M]
+        (`core.records.labels_of`), and may be called for some of them at a time. One with `needs_entropy = True` gets
+        the entropy too.
         """
 
     def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:

@@ -1,10 +1,14 @@
 """What stands on the hidden states besides the language head's weight, which belongs to the Transformer."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cuda_ext.linear_log_probs.op import linear_log_probs
+from cuda_ext.linear_log_probs.op import linear_log_probs, uses_kernel
+from cuda_ext.linear_log_probs.token_loss import TokenLoss, linear_token_loss
+from framework.core.records import Metrics
 from framework.models.config import ModelConfig
 from framework.models.layers import Linear, activation, build_norm
 
@@ -55,8 +59,15 @@ class LogProbs(nn.Module):
         labels: Tensor,
         vocab_size: int,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden[M,D], weight[V,D], bias[V], labels[M] -> (log_probs[M], entropy[M] or None), in at least fp32."""
+        token_loss: TokenLoss | None = None,
+        rows: Any = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Metrics]:
+        """hidden[M,D], weight[V,D], bias[V], labels[M] -> (log_probs[M], entropy[M] or None), in at least fp32. With
+        `token_loss`, its (loss, metrics) of these and `rows`, a record of [M]; by the kernel chunk by chunk."""
+        if token_loss is not None and uses_kernel(hidden, weight, self.strict):
+            return linear_token_loss(
+                hidden, weight, labels, token_loss, rows, bias, self.temperature, vocab_size, with_entropy
+            )
         # Rows in eights, strict or not: how many labels count differs from batch to batch, and a row must have the same
         # bits in the update as when it was inferred (law On-policy).
         count = len(hidden)
@@ -64,4 +75,5 @@ class LogProbs(nn.Module):
         log_probs, entropy = linear_log_probs(
             hidden, weight, labels, bias, self.temperature, vocab_size, with_entropy, strict=self.strict
         )
-        return log_probs[:count], None if entropy is None else entropy[:count]
+        scores = log_probs[:count], None if entropy is None else entropy[:count]
+        return scores if token_loss is None else token_loss(*scores, rows)

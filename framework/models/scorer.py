@@ -5,19 +5,18 @@ reward model, a classifier) it has no use for the language head: its log_probs a
 A pipeline stage that is not the last one gives hidden states.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from framework.core.records import Metrics, Rows, Scores, TokenBatch
+from cuda_ext.linear_log_probs.token_loss import TokenLoss
+from framework.core.records import Metrics, Rows, Scores, TokenBatch, labels_of
 from framework.models.config import Architecture, Position
 from framework.models.heads import LogProbs, Pooler
 from framework.models.layers import Linear
 from framework.models.sequence import WholeRows
 from framework.models.transformer import Transformer
-
-TokenLoss = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Metrics]]
 
 
 class Scorer(nn.Module):
@@ -49,7 +48,8 @@ class Scorer(nn.Module):
     ) -> Scores | tuple[Tensor, Metrics] | Tensor:
         """Scores of rows.inputs() (pairs: chosen rows, then rejected). log_probs and entropy[B,T] are zero where
         loss_mask is False: the vocabulary is only gone through where a label counts. With `token_loss`, its (loss,
-        metrics) instead; from a stage that does not end the model, hidden[B,t,D]. `hidden`: the stage's before."""
+        metrics) of the labels that count instead (`labels_of`); from a stage that does not end the model,
+        hidden[B,t,D]. `hidden`: the stage's before."""
         inputs = self.sequence.cut(rows.inputs())
         alone = self.sequence.whole and one_document_a_row(rows) and not self.encodes
         source = inputs.source
@@ -67,13 +67,17 @@ class Scorer(nn.Module):
         if not self.ends:
             return hidden
         length = rows.inputs().tokens.shape[1]
+        if token_loss is not None and self.sequence.whole:
+            place = inputs.loss_mask.nonzero(as_tuple=True)
+            return self._of_labels(hidden, inputs, place, with_entropy, token_loss, labels_of(rows))
         log_probs, entropy = (
             None if x is None else self.sequence.join(x, length)
             for x in self._label_scores(hidden, inputs, with_entropy)
         )
         assert log_probs is not None
-        if token_loss is not None:
-            return token_loss(log_probs, entropy, rows)
+        if token_loss is not None:  # other ranks hold other places; all of them take the loss of all labels
+            place = rows.inputs().loss_mask.nonzero(as_tuple=True)
+            return token_loss(log_probs[place], None if entropy is None else entropy[place], labels_of(rows))
         values = classes = None
         if self.value_head is not None:
             values = self.sequence.join(at_least_fp32(self.value_head(hidden)).squeeze(-1), length)
@@ -88,18 +92,25 @@ class Scorer(nn.Module):
         zeros = torch.zeros(mask.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         if not self.scores_labels:
             return zeros, None
-        model, states = self.model, hidden[mask]
-        log_probs, entropy = self.log_probs(
-            model.before_head(states),
-            model.output_weight,
-            model.output_bias,
-            inputs.labels[mask],
-            model.config.vocab_size,
-            with_entropy,
-        )
         place = mask.nonzero(as_tuple=True)
+        log_probs, entropy = self._of_labels(hidden, inputs, place, with_entropy)
         spread = zeros.index_put(place, log_probs)
         return spread, None if entropy is None else zeros.index_put(place, entropy)
+
+    def _of_labels(
+        self, hidden: Tensor, inputs: TokenBatch, place: tuple[Tensor, ...], with_entropy: bool, *loss: Any
+    ) -> Any:
+        """What `log_probs` gives of the labels at `place`; `loss`: its token_loss and rows."""
+        model = self.model
+        return self.log_probs(
+            model.before_head(hidden[place]),
+            model.output_weight,
+            model.output_bias,
+            inputs.labels[place],
+            model.config.vocab_size,
+            with_entropy,
+            *loss,
+        )
 
 
 def one_document_a_row(rows: Rows) -> bool:

@@ -120,8 +120,13 @@ def clipped_policy_loss(
     reference_log_probs: Tensor,
 ) -> tuple[Tensor, Metrics]:
     """PPO's: a ratio for each token. A registered policy_loss is called as this one is: `entropy` (with gradient) and
-    `reference_log_probs`, [B, T] at token positions, are there for terms of one's own."""
+    `reference_log_probs`, [B, T] at token positions, are there for terms of one's own. One that is a sum over tokens,
+    each by itself, may say so as this one does (`pointwise`): it is given response tokens alone, all of them [M], and
+    kernels take it chunk by chunk, so that no logits are kept."""
     return policy_loss(log_probs, old_log_probs, advantages, weights, denominator, clip_low, clip_high)
+
+
+clipped_policy_loss.pointwise = True  # type: ignore[attr-defined]
 
 
 @register("policy_loss", "gspo")

@@ -8,13 +8,16 @@ be even. Left out: which module gets which style (the plan, beside the model's n
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from framework.core.records import whole
+from cuda_ext.linear_log_probs.op import shard_log_probs, uses_kernel
+from cuda_ext.linear_log_probs.token_loss import TokenLoss, linear_token_loss
+from framework.core.records import Metrics, whole
 from framework.parallel.collectives import Ranks
 from framework.parallel.movements import constant_sum, gather_alike, gather_places, scatter_places, sum_over
 from framework.parallel.shard import Part
@@ -131,8 +134,8 @@ def ends_whole_for_all(module: nn.Module, ranks: Ranks) -> Parts:
 
 
 class VocabularyLogProbs(nn.Module):
-    """Log-probs of labels where each tensor rank holds some rows of the head: the logits are never gathered, three
-    numbers a label are summed. Takes the place of a module of the same signature."""
+    """Log-probs of labels where each tensor rank holds some rows of the head: the logits are never gathered, three or
+    four numbers a label are. Takes the place of a module of the same signature."""
 
     def __init__(self, temperature: float, vocab_size: int, ranks: Ranks):
         super().__init__()
@@ -147,9 +150,28 @@ class VocabularyLogProbs(nn.Module):
         labels: Tensor,
         vocab_size: int,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        token_loss: TokenLoss | None = None,
+        rows: Any = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Metrics]:
         """hidden[M,D], weight[v,D] and bias[v] of this rank, labels[M] -> (log_probs[M], entropy[M] or None), in at
-        least fp32."""
+        least fp32. With `token_loss`, its (loss, metrics) of these and `rows`, a record of [M]."""
+        kernel = uses_kernel(hidden, weight)
+        if kernel and token_loss is not None:
+            mine, words = labels - self.first, (bias, self.temperature, None, with_entropy)
+            return linear_token_loss(hidden, weight, mine, token_loss, rows, *words, gather=self._gather)
+        scores: tuple[Tensor, Tensor | None]
+        if kernel:
+            scores = shard_log_probs(hidden, weight, labels - self.first, self._gather, bias, self.temperature)
+        else:
+            scores = self._log_probs(hidden, weight, bias, labels, with_entropy)
+        return scores if token_loss is None else token_loss(*scores, rows)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return self.ranks.gather(x, "what the shards of the vocabulary know of a label")
+
+    def _log_probs(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden, weight, bias = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
         chunk = max(8, _CHUNK_LOGITS // len(weight))

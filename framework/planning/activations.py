@@ -14,6 +14,10 @@ and one with E experts, k of F numbers a token, in place of inner (what another 
     experts    p (E w + 3 k (w + 8)) + 2 p k D e + 4 p k F e     probabilities, weights, places; the rows that experts
                                                                  take in and give; gate, up, silu(gate), product
 
+Where kernels run (`cuda_ext`), each norm keeps p (D e + 4), its input and 1/rms; inner is 3 p F e, gate, up and what
+they give; and the head keeps p (D e + 16) + V D e: a pointwise loss takes the gradients of both at once, beside a
+buffer of one chunk's logits and the sum of V D fp32 numbers.
+
 With t tensor ranks Q, K, N and F are shared out, and so are the norms' p, which is sequence parallelism; what the
 matrices take in is gathered, and kept so. Left out: strict mode, compiled blocks, entropies, the
 balance of experts (p E w).
@@ -38,6 +42,7 @@ class Load:
     tensor: int = 1
     context: int = 1
     ring: bool = True  # how context ranks attend
+    kernel: bool = False  # those of cuda_ext run
 
     @property
     def places(self) -> int:
@@ -65,6 +70,8 @@ def block_kept(model: ModelConfig, load: Load, recompute: Recompute, layer: int 
         return taken // load.tensor + products + _attended(model, load)
     gated = 4 if model.activation.is_gated else 2
     acted = 1 if model.activation is Activation.RELU else gated
+    if load.kernel and model.activation is Activation.SWIGLU:
+        acted = 3
     given = p * (queries + 2 * keys) * e
     return (
         2 * _norm_kept(model, load) + 2 * taken + given + _attended(model, load) + _mask(load) + acted * p * inner * e
@@ -83,6 +90,9 @@ def head_kept(model: ModelConfig, load: Load, labels: bool = True) -> int:
     norm = _norm_kept(model, load) if model.ends_with_norm else 0
     if not labels:
         return norm
+    if load.kernel:
+        gradients = (load.places + _vocabulary(model, load)) * model.hidden_size * load.compute
+        return norm + gradients + 16 * load.places
     states, rows = load.places * model.hidden_size * load.wide, _vocabulary(model, load)
     cast = rows * model.hidden_size * load.wide if load.wide > load.compute else 0
     logits = load.places * rows
@@ -91,7 +101,14 @@ def head_kept(model: ModelConfig, load: Load, labels: bool = True) -> int:
 
 def head_working(model: ModelConfig, load: Load) -> int:
     """Bytes beside all that is kept while the first gradients are taken: two tables of logits' gradients; of a chunk
-    whose logits are computed again, these too."""
+    whose logits are computed again, these too. By the kernel a chunk's logits, the states that are scored, and the
+    weight's gradient in fp32."""
+    if load.kernel:
+        from cuda_ext.linear_log_probs.op import rows_of  # torch, which only a machine with kernels has to wait for
+
+        vocabulary = _vocabulary(model, load)
+        states = load.places * model.hidden_size * load.compute
+        return rows_of(vocabulary) * vocabulary * load.compute + states + vocabulary * model.hidden_size * load.wide
     logits = load.places * _vocabulary(model, load)
     return 2 * logits * load.wide if logits <= CHUNK_LOGITS else 3 * CHUNK_LOGITS * load.wide
 
@@ -134,6 +151,9 @@ def _mask(load: Load) -> int:
 
 
 def _norm_kept(model: ModelConfig, load: Load) -> int:
+    if load.kernel:
+        statistics = 2 if model.norm is Norm.LAYER else 1
+        return load.places // load.tensor * (model.hidden_size * load.compute + 4 * statistics)
     if model.norm is Norm.LAYER:
         return load.places // load.tensor * (model.hidden_size * load.compute + 2 * load.wide)
     return load.places // load.tensor * (2 * model.hidden_size + 1) * load.wide

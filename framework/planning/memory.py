@@ -22,10 +22,12 @@ LIVE, BUCKET = 10**9, 1 << 26  # elements: DeepSpeed's stage3_max_live_parameter
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes of an element: of the master weights, gradients and moments, and of what is computed with."""
+    """Bytes of an element: of the master weights, gradients and moments, and of what is computed with, by kernels or
+    without."""
 
     master: int = 4
     compute: int = 4
+    kernel: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ class _Rank:
         self.tensor, self.pipeline, context = sizes["tensor"], sizes["pipeline"], sizes["context"]
         self.shard = world_size if parallel.zero else sizes["data_shard"] * (1 if parallel.shard == 1 else context)
         self.fsdp = world_size > self.tensor * self.pipeline
-        ring = parallel.context_form is ContextForm.RING
-        self.load = Load(batch.rows, batch.length, numbers.compute, batch.packed, self.tensor, context, ring)
+        ranks = self.tensor, context, parallel.context_form is ContextForm.RING
+        self.load = Load(batch.rows, batch.length, numbers.compute, batch.packed, *ranks, numbers.kernel)
         self.spans = _spans(model, self.pipeline, parallel.stages_per_rank, stage)
         roots = [root(model, s.start == 0, s.stop == model.num_layers, batch.classes) for s in self.spans]
         self.roots = [entry for table in roots for entry in table]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cuda_ext import library
 from framework.core.errors import UsageError
 from framework.core.places import local
 from framework.engine.config import Precision
@@ -96,7 +97,7 @@ def _memory_lines(config: RunConfig) -> list[str]:
     ranks = _ranks(config)
     try:
         check(model, config.parallel, config.engine, ranks, config.lora)
-        memory = fullest(model, _load(config, ranks), config.parallel, ranks, _NUMBERS[config.engine.precision])
+        memory = fullest(model, _load(config, ranks), config.parallel, ranks, _numbers(config))
         learning, everything = num_learning(config, model)
         memory = memory.learning(learning / everything)
     except UsageError as error:  # a layout that needs other ranks, another model or batch
@@ -119,6 +120,12 @@ def _mib(size: int) -> str:
 
 
 _NUMBERS = {Precision.FP32: Numbers(4, 4), Precision.BF16: Numbers(4, 2), Precision.FP64: Numbers(8, 8)}
+
+
+def _numbers(config: TrainingRun) -> Numbers:
+    """Kernels count where they would run on this machine's own card."""
+    plain = config.device == "cpu" or config.engine.strict or config.engine.precision is Precision.FP64
+    return replace(_NUMBERS[config.engine.precision], kernel=not plain and not library.why_not(0))
 
 
 def _model(config: TrainingRun) -> ModelConfig | None:

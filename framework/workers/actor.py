@@ -31,7 +31,7 @@ class Actor(Trainer):
 
     def __init__(self, runtime: Runtime, spec: EngineSpec, ppo: PpoConfig):
         super().__init__(runtime, spec)
-        self.loss = PolicyLoss(ppo)
+        self.loss = policy_loss_of(ppo)
         self.version = -1  # of the policy that generators are proven to hold
         self._unchanged = False  # since the last log_probs
 
@@ -92,7 +92,7 @@ class Actor(Trainer):
 
 
 class PolicyLoss:
-    """The registered policy loss, less the entropy bonus, in the shape that the engine calls."""
+    """The registered policy loss, less the entropy bonus, of whole rows."""
 
     needs_entropy = True
 
@@ -104,12 +104,17 @@ class PolicyLoss:
         """Means over all response tokens of the step."""
         assert isinstance(rows, Experience)
         assert scores.entropy is not None
-        mask, entropy = rows.rollout.response_mask, align(scores.entropy)
+        return self._of(align(scores.log_probs), align(scores.entropy), rows, rows.rollout.response_mask, counts)
+
+    def _of(
+        self, log_probs: Tensor, entropy: Tensor, rows: Experience, mask: Tensor, counts: Counts
+    ) -> tuple[Tensor, Metrics]:
+        """All of one shape, where `mask` is True they count."""
         loss, metrics = self.function(
-            align(scores.log_probs),
+            log_probs,
             rows.old_log_probs,
             rows.advantages,
-            mask.to(scores.log_probs.dtype),
+            mask.to(log_probs.dtype),
             counts.tokens,
             self.ppo.clip_low,
             self.ppo.clip_high,
@@ -119,3 +124,21 @@ class PolicyLoss:
         total = masked_sum(entropy, mask)
         loss = loss - self.ppo.entropy_coefficient * ratio(total, counts.tokens)
         return loss, metrics | {"entropy": (total.detach(), mask.sum().to(torch.float64))}
+
+
+class TokenPolicyLoss(PolicyLoss):
+    """The same where the registered loss is a sum over tokens, each by itself: of response tokens alone, [M]."""
+
+    pointwise = True
+
+    def __call__(  # type: ignore[override]
+        self, log_probs: Tensor, entropy: Tensor, rows: Experience, counts: Counts
+    ) -> tuple[Tensor, Metrics]:
+        """Means over all response tokens of the step, of which these are some."""
+        return self._of(log_probs, entropy, rows, torch.ones_like(log_probs, dtype=torch.bool), counts)
+
+
+def policy_loss_of(ppo: PpoConfig) -> PolicyLoss:
+    """By what the registered loss says of itself: `pointwise = True`, or nothing."""
+    function = lookup("policy_loss", ppo.policy_loss)
+    return TokenPolicyLoss(ppo) if getattr(function, "pointwise", False) else PolicyLoss(ppo)

@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from framework.core import records
-from framework.core.records import Counts, Experience, PreferenceBatch, PromptBatch, Rollout, Scores, TokenBatch, align
+from framework.core.records import (
+    Counts,
+    Experience,
+    PreferenceBatch,
+    PromptBatch,
+    Rollout,
+    Scores,
+    TokenBatch,
+    align,
+    labels_of,
+)
 
 MASKS = {"loss_mask", "token_mask", "response_mask", "finished"}
 
@@ -148,6 +158,44 @@ def test_to_moves_every_tensor_and_keeps_none() -> None:
 def test_align_moves_one_step_right_and_forgets_the_last() -> None:
     assert align(torch.tensor([[1, 2, 3], [4, 5, 6]])).tolist() == [[0, 1, 2], [0, 4, 5]]
     assert align(torch.tensor([[True, False]])).tolist() == [[False, True]]
+
+
+def test_labels_of_a_packed_row_by_hand() -> None:
+    batch = TokenBatch(
+        tokens=torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]),
+        labels=torch.tensor([[2, 9, 4, 9], [6, 7, 9, 0]]),
+        loss_mask=torch.tensor([[True, False, True, True], [False, True, False, False]]),
+        positions=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]]),
+        document_ids=torch.tensor([[1, 1, 2, 2], [1, 1, 1, 0]]),
+        source=token_batch(2),
+    )
+    found = labels_of(batch)
+    assert isinstance(found, TokenBatch)
+    assert found.labels.tolist() == [2, 4, 9, 7]
+    assert found.tokens.tolist() == [1, 3, 4, 6]
+    assert found.positions.tolist() == [0, 0, 1, 1]
+    assert found.loss_mask.all()
+    assert found.source is None
+    pairs = PreferenceBatch(batch, batch, margin=torch.ones(2))
+    assert labels_of(pairs).inputs().labels.tolist() == [2, 4, 9, 7, 2, 4, 9, 7]
+
+
+def test_labels_of_rl_records_stand_in_the_order_of_their_inputs() -> None:
+    """Entry m of both speaks of one and the same label, though one stands at token positions, the other before."""
+    shape, random = (5, 5), torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=random) < 0.4
+    mask[:, 0] = False
+    tokens = torch.randint(100, shape, generator=random)
+    drawn = dataclasses.replace(rollout(5), response_mask=mask, tokens=tokens, row=torch.arange(5))
+    wave = torch.arange(25.0).reshape(shape)
+    batch = Experience(drawn, *(wave + 100 * n for n in range(6)))
+    found = labels_of(batch)
+    assert isinstance(found, Experience)
+    inputs = batch.inputs()
+    assert torch.equal(found.rollout.tokens, inputs.labels[inputs.loss_mask])
+    assert torch.equal(found.old_log_probs, wave[mask])
+    assert torch.equal(found.returns, wave[mask] + 500)
+    assert torch.equal(found.rollout.row, mask.nonzero()[:, 0])
 
 
 def test_counts_are_of_labels_rows_and_pairs() -> None:

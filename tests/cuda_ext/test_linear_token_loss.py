@@ -1,6 +1,5 @@
 """The pointwise loss whose gradient is made between the products: against autograd through `linear_log_probs`."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,21 +10,16 @@ from cuda_ext.linear_log_probs.op import linear_log_probs
 from cuda_ext.linear_log_probs.token_loss import Metrics, linear_token_loss
 from tests.cuda_ext.emulated import draw, emulated, same_bits
 
-
-@dataclass(frozen=True)
-class Counts:
-    tokens: float
+TOKENS = 9.0
 
 
-def clipped(
-    log_probs: Tensor, entropy: Tensor | None, rows: dict[str, Tensor], counts: Counts
-) -> tuple[Tensor, Metrics]:
+def clipped(log_probs: Tensor, entropy: Tensor | None, rows: dict[str, Tensor]) -> tuple[Tensor, Metrics]:
     """PPO's clipped ratio with an entropy bonus, and the share of clipped tokens."""
     ratio = (log_probs - rows["old"]).exp()
     gains = torch.minimum(ratio * rows["advantages"], ratio.clamp(0.8, 1.2) * rows["advantages"])
-    loss = -(gains * rows["mask"]).sum() / counts.tokens
+    loss = -(gains * rows["mask"]).sum() / TOKENS
     if entropy is not None:
-        loss = loss - 0.1 * (entropy * rows["mask"]).sum() / counts.tokens
+        loss = loss - 0.1 * (entropy * rows["mask"]).sum() / TOKENS
     return loss, {"clipped": (((ratio - 1).abs() > 0.2).to(loss).sum(), rows["mask"].sum())}
 
 
@@ -44,12 +38,12 @@ def through_all(
 ) -> tuple[Tensor, Metrics]:
     """The plain way: all log-probs, then the loss."""
     scores = linear_log_probs(leaves[0], leaves[1], targets, leaves[2], 0.8, 30, entropy, 6.0)
-    return clipped(*scores, rows, Counts(9.0))
+    return clipped(*scores, rows)
 
 
 def in_chunks(leaves: list[Tensor], targets: Tensor, rows: dict[str, Tensor], entropy: bool, chunk: int = 4,
               loss: Any = clipped) -> tuple[Tensor, Metrics]:  # fmt: skip
-    return linear_token_loss(*leaves[:2], targets, loss, rows, Counts(9.0), leaves[2], 0.8, 30, entropy, 6.0, chunk)
+    return linear_token_loss(*leaves[:2], targets, loss, rows, leaves[2], 0.8, 30, entropy, 6.0, chunk)
 
 
 def gradients(call: Any, leaves: list[Tensor], *words: Any) -> list[Tensor]:
@@ -108,7 +102,7 @@ def test_nothing_at_all_and_a_chunk_in_which_no_label_counts() -> None:
     assert empty[0] == 0
     assert all((x == 0).all() for x in empty[3:])
 
-    def constant(log_probs: Tensor, entropy: Tensor | None, rows: Any, counts: Any) -> tuple[Tensor, Metrics]:
+    def constant(log_probs: Tensor, entropy: Tensor | None, rows: Any) -> tuple[Tensor, Metrics]:
         return log_probs.new_tensor(1.0), {"clipped": (log_probs.new_tensor(len(log_probs)), log_probs.new_tensor(1.0))}
 
     loss, clipped_, chunks, *found = gradients(lambda *a: in_chunks(*a, loss=constant), leaves, targets, rows, False)

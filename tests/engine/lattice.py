@@ -33,7 +33,7 @@ from framework.models.init import random_weights
 from framework.optim.config import OptimConfig, Schedule
 from framework.parallel import config as layouts
 from framework.parallel.config import ContextForm, ParallelConfig
-from framework.workers.actor import PolicyLoss
+from framework.workers.actor import TokenPolicyLoss
 from framework.workers.config import PpoConfig
 from tests.engine.cases import language_loss, packed, ranking_loss, rollout, value_loss
 
@@ -113,10 +113,11 @@ def experience(step: int) -> Experience:
 class Clipped:
     """The actor's own loss; a class, so that ranks can be handed it."""
 
-    needs_entropy = True
+    needs_entropy = pointwise = True
 
-    def __call__(self, scores: Scores, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
-        return PolicyLoss(PpoConfig(entropy_coefficient=0.01))(scores, rows, counts)
+    def __call__(self, log_probs: Tensor, entropy: Tensor, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:
+        assert isinstance(rows, Experience)
+        return TokenPolicyLoss(PpoConfig(entropy_coefficient=0.01))(log_probs, entropy, rows, counts)
 
 
 def token_loss(log_probs: Tensor, entropy: Tensor | None, rows: Rows, counts: Counts) -> tuple[Tensor, Metrics]:

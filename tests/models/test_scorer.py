@@ -117,7 +117,8 @@ def test_a_pointwise_loss_runs_inside_and_its_answer_is_returned() -> None:
     seen: list[Tensor] = []
 
     def loss(log_probs: Tensor, entropy: Tensor | None, same: Rows) -> tuple[Tensor, Metrics]:
-        assert same is rows
+        assert isinstance(same, TokenBatch)
+        assert torch.equal(same.labels, rows.labels[rows.loss_mask])
         assert entropy is not None
         seen.append(log_probs)
         return -log_probs.sum(), {"loss": (-log_probs.sum(), torch.ones(()))}
@@ -125,8 +126,8 @@ def test_a_pointwise_loss_runs_inside_and_its_answer_is_returned() -> None:
     value, metrics = scorer(rows, token_loss=loss, with_entropy=True)
     plain = scorer(rows)
     assert isinstance(plain, Scores)
-    assert torch.equal(seen[0], plain.log_probs)
-    assert torch.equal(value, -plain.log_probs.sum())
+    assert torch.equal(seen[0], plain.log_probs[rows.loss_mask])
+    assert torch.equal(value, -seen[0].sum())
     assert list(metrics) == ["loss"]
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cuda_ext import dispatch, library
 from cuda_ext.linear_log_probs import reference
+from framework.core.records import Metrics
 from framework.core.runtime import Runtime
 from framework.parallel.apply import Plan, apply
 from framework.parallel.collectives import Ranks
@@ -89,6 +91,59 @@ def test_log_probs_entropy_and_gradients_are_those_of_the_whole_vocabulary(
             torch.testing.assert_close(rank[name], whole, rtol=1e-12, atol=1e-12)
     for name, whole in (("weight", weight.grad), ("bias", bias.grad)):
         torch.testing.assert_close(torch.cat([rank[name] for rank in found]), whole, rtol=1e-12, atol=1e-12)
+
+
+def _clipped(log_probs: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[Tensor, Metrics]:
+    assert entropy is not None
+    ratio = (log_probs - rows).exp()
+    return -(ratio.clamp(0.5, 2.0) + 0.1 * entropy).sum() / LABELS, {
+        "ratio": (ratio.detach().sum(), ratio.new_ones(()))
+    }
+
+
+def _by_kernels(runtime: Runtime) -> dict[str, Tensor]:
+    """The pointwise loss, chunk by chunk and through all log-probs, and their gradients, on the emulator in fp32."""
+    ranks = build_mesh(ParallelConfig("tp", tensor=0), runtime).ranks("tensor")
+    hidden, weight, bias, labels, weights = (x.float() if x.is_floating_point() else x for x in tensors())
+    first, length = span(VOCAB, ranks)
+    mine, added = (x[first : first + length].clone().requires_grad_() for x in (weight, bias))
+    leaves = [hidden.requires_grad_(), mine, added]
+    score = VocabularyLogProbs(0.7, VOCAB, ranks)
+    found = {}
+    with dispatch.use("emulator"):
+        scores = score(hidden, mine, added, labels, VOCAB, True)
+        whole = _clipped(*scores, weights[0] - 3)  # type: ignore[arg-type]
+        chunked = score(hidden, mine, added, labels, VOCAB, True, _clipped, weights[0] - 3)
+        for name, (loss, metrics) in {"whole": whole, "chunked": chunked}.items():
+            found[f"{name} loss"], found[f"{name} ratio"] = loss.detach(), metrics["ratio"][0]
+            gradients = torch.autograd.grad(loss, leaves)
+            found[f"{name} hidden"] = ranks.sum(gradients[0], "the gradient, which is a sum over the vocabulary")
+            found |= {f"{name} weight": gradients[1], f"{name} bias": gradients[2]}
+    return found | {"log_probs": scores[0].detach(), "entropy": scores[1].detach()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_emulated_a_pointwise_loss_over_shards_is_that_of_the_whole_vocabulary(ranks: int) -> None:
+    hidden, weight, bias, labels, weights = tensors()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    log_probs, entropy = reference.linear_log_probs(hidden, weight, labels, bias, 0.7, VOCAB, True)
+    loss, metrics = _clipped(log_probs, entropy, weights[0] - 3)
+    assert 0 < int(((log_probs - weights[0] + 3).exp() > 2).sum()) < LABELS, "some are clipped"
+    exact = dict(zip(("hidden", "weight", "bias"), torch.autograd.grad(loss, leaves), strict=True))
+    library.emulator()  # by this process, for all
+    found = run_ranks(_by_kernels, ranks)
+    for rank in found:
+        assert torch.equal(rank["chunked loss"], rank["whole loss"])
+        torch.testing.assert_close(rank["log_probs"].double(), log_probs, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(rank["entropy"].double(), entropy, rtol=2e-6, atol=2e-6)
+    for way in ("chunked", "whole"):
+        for rank in found:
+            torch.testing.assert_close(rank[f"{way} loss"].double(), loss, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(rank[f"{way} ratio"].double(), metrics["ratio"][0], rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(rank[f"{way} hidden"].double(), exact["hidden"], rtol=1e-5, atol=1e-6)
+        for name in ("weight", "bias"):
+            cut = torch.cat([rank[f"{way} {name}"] for rank in found])
+            torch.testing.assert_close(cut.double(), exact[name], rtol=1e-5, atol=1e-6)
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from cuda_ext import dispatch
 from framework.core.records import TokenBatch, count
 from framework.models.config import Activation, Bias, ModelConfig, MoeConfig, Norm, NormPlace, Position
 from framework.models.scorer import Scorer
@@ -78,6 +79,16 @@ def test_a_forward_keeps_what_the_formula_says(model: ModelConfig, shape: tuple[
         assert kept(model, *shape, dtype, again) == pytest.approx(
             by_formula, rel=0.02 if again is Recompute.NONE else 0.04
         ), again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_emulated_kernels_keep_less(model: ModelConfig, dtype: torch.dtype) -> None:
+    for again in (Recompute.NONE, Recompute.FULL):
+        with dispatch.use("emulator"):
+            saved = kept(model, 4, 32, dtype, again)
+        by_formula = formula(model, Load(4, 32, compute=dtype.itemsize, kernel=True), again)
+        assert saved == pytest.approx(by_formula, rel=0.02 if again is Recompute.NONE else 0.04), again
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT, POST, MOE], ids=["llama", "gpt", "post", "moe"])

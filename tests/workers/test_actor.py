@@ -8,12 +8,13 @@ from tiny import END, PLACE, PPO, TEMPERATURE, experience, generator_kwargs, pol
 
 from framework.checkpoint.manager import CheckpointManager
 from framework.core.errors import FrameworkError
-from framework.core.records import Experience, Rollout, Scores, count
+from framework.core.records import Experience, Rollout, Scores, count, labels_of
 from framework.engine.config import EngineConfig
 from framework.models.config import LoraConfig
 from framework.models.hub import load
+from framework.objectives.ppo import clipped_policy_loss
 from framework.workers import actor as actor_module
-from framework.workers.actor import Actor, PolicyLoss
+from framework.workers.actor import Actor, PolicyLoss, TokenPolicyLoss, policy_loss_of
 from framework.workers.config import PpoConfig
 from framework.workers.generator import Generator
 
@@ -126,6 +127,34 @@ def test_the_policy_loss_and_the_entropy_bonus_by_hand() -> None:
     assert float(loss) == pytest.approx(-1.792585, abs=1e-5)
     assert [float(x) for x in metrics["entropy"]] == pytest.approx([0.8, 2.0])
     assert [float(x) for x in metrics["clip_fraction"]] == [1.0, 2.0]
+
+
+def test_the_loss_of_tokens_alone_is_that_of_rows(rollout: Rollout) -> None:
+    mask, random = rollout.response_mask, torch.Generator().manual_seed(0)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(mask.shape, generator=random, dtype=torch.float64)
+
+    batch, scores = Experience(rollout, *(noise() for _ in range(6))), Scores(noise(), noise())
+    labels = batch.inputs().loss_mask
+    by_rows = PolicyLoss(PpoConfig(entropy_coefficient=0.1))
+    by_tokens = policy_loss_of(PpoConfig(entropy_coefficient=0.1))
+    assert isinstance(by_tokens, TokenPolicyLoss)
+    assert scores.entropy is not None
+    loss, metrics = by_rows(scores, batch, count(batch))
+    tokens = labels_of(batch)
+    assert isinstance(tokens, Experience)
+    same, others = by_tokens(scores.log_probs[labels], scores.entropy[labels], tokens, count(batch))
+    torch.testing.assert_close(same, loss, rtol=1e-13, atol=0)
+    for name, (total, weight) in metrics.items():
+        torch.testing.assert_close(others[name][0], total, rtol=1e-13, atol=1e-13)
+        assert others[name][1] == weight
+
+
+def test_a_loss_that_does_not_say_so_is_given_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(policy_loss_of(PpoConfig(policy_loss="gspo"))) is PolicyLoss
+    monkeypatch.delattr(clipped_policy_loss, "pointwise")
+    assert type(policy_loss_of(PpoConfig())) is PolicyLoss
 
 
 def test_wrong_old_log_probs_are_refused(actor: Actor, rollout: Rollout) -> None:
