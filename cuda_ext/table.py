@@ -44,7 +44,7 @@ class Line:
 
     def __str__(self) -> str:
         beside = ", ".join(f"{_number(number)} {unit}" for unit, number in self.figures.items())
-        return f"{self.what:<18} {self.case:<36} {self.side:<16} {_number(self.value):>10} {self.unit}  {beside}"
+        return f"{self.what:<18} {self.case:<36} {self.side:<22} {_number(self.value):>10} {self.unit}  {beside}"
 
 
 class Table:

@@ -1,5 +1,4 @@
-"""The one pipeline that several tests compare with. Imported with it alone: the kernels' tests run without its packages.
-"""
+"""The one pipeline that several tests compare with. It alone imports the project: kernels are tested without that."""
 
 import importlib
 from pathlib import Path
