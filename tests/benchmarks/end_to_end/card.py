@@ -38,9 +38,10 @@ class Bench:
         return int(_USABLE * free)
 
     def forget(self) -> None:
-        """Give back what nothing holds any more."""
+        """Give back what nothing holds any more, graphs of models that are gone with it: a compiler keeps only some."""
         gc.collect()
         if self.is_card:
+            torch.compiler.reset()
             torch.get_device_module(self.here.device).empty_cache()
 
     def begin_record(self) -> None:
