@@ -80,7 +80,7 @@ class Decoding:
         self.reader = None if board.source is None else Reader(model, board.source)
         reads = 0 if board.source is None else board.source.tokens.shape[1]
         reads = _power_of_two(reads) if reads and one_token is not None else reads
-        self.cache = KVCache(model.config, slots, width, board.log_probs.dtype, self.device, reads)
+        self.cache = KVCache(model.config, slots, width, next(model.parameters()).dtype, self.device, reads)
         self.uniforms = torch.zeros(slots, sampling.max_tokens, dtype=torch.float64, device=self.device)
         self.row_in = np.full(slots, -1)  # which row of the board a slot holds; -1 = free
         self.next_row = 0

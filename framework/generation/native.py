@@ -25,7 +25,7 @@ from framework.models.transformer import Transformer
 
 
 class NativeGenerator:
-    """Implements `protocol.Generator` on one device, in fp32.
+    """Implements `protocol.Generator` on one device, in fp32 unless `dtype` says otherwise.
 
     With `generation.strict` a row's bits depend on the weights, its prompt, its coordinates and `width` alone: not on
     the number of slots nor on the other rows; and its log-probs are those of a strict Scorer on rows of that width.
@@ -41,10 +41,12 @@ class NativeGenerator:
         pause: Callable[[], None] = lambda: None,
         lora: LoraConfig | None = None,
         start_id: int = 0,
+        dtype: torch.dtype = torch.float32,
     ):
         """`pause` is called whenever rows have grown by a token, and may raise: what was begun is forgotten. `lora`: an
         adapter beside the model, whose tensors are loaded too. `start_id`: what a decoder beside an encoder begins
-        with (T5: its pad token, 0)."""
+        with (T5: its pad token, 0). `dtype`: of weights, which are rounded to it as they come, and of the cache; a
+        sampled token's log-prob is fp32."""
         require(
             config.architecture is not Architecture.ENCODER and config.position is not Position.ROTARY_2D,
             f"a model of architecture={config.architecture}, position={config.position} writes no text here: only "
@@ -66,7 +68,7 @@ class NativeGenerator:
             model = Transformer(config, strict=generation.strict)
             if lora is not None:
                 attach(model, lora)
-        self._model = model.to_empty(device=self.device).requires_grad_(False).eval()
+        self._model = model.to(dtype).to_empty(device=self.device).requires_grad_(False).eval()
         if not generation.strict and lora is None:  # the joined product rounds otherwise than the trainer's
             _join(self._model)
         self._one_token = _compiled() if generation.compile else None

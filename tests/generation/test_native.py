@@ -54,6 +54,24 @@ def test_greedy_is_what_transformers_generates(tmp_path) -> None:
             assert ours.tokens[b][ours.token_mask[b]].tolist() == expected[0].tolist()
 
 
+def test_in_bf16_it_holds_rounded_weights_and_draws_as_transformers_in_bf16_would(tmp_path) -> None:
+    hub.save(tiny.model(), tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = NativeGenerator(tiny.CONFIG, GenerationConfig(slots=2), (tiny.STOP,), dtype=torch.bfloat16)
+    ours.load(tiny.pairs(), version=0)
+    rounded = {name: tensor_hash(tensor.bfloat16()) for name, tensor in tiny.pairs()}
+    assert ours.fingerprints() == rounded
+    drawn = ours.generate(tiny.prompts(6), SAMPLING, samples=2, seed=1)
+    assert drawn.log_probs.dtype == torch.float32
+    with torch.no_grad():
+        logits = theirs(drawn.tokens, attention_mask=drawn.token_mask.long()).logits
+    said = (logits.float() / SAMPLING.temperature).log_softmax(-1)[:, :-1].gather(2, drawn.tokens[:, 1:, None])[..., 0]
+    gap = (said - drawn.log_probs[:, 1:]).abs()[drawn.response_mask[:, 1:]]
+    assert 0 < gap.mean() < 0.03  # bf16 keeps 8 bits of logits that are about 4
+    exact = trainer_log_probs(drawn, SAMPLING.temperature, len(drawn), False)
+    assert not torch.allclose(drawn.log_probs, exact * drawn.response_mask, atol=1e-3)
+
+
 def test_a_rollout_is_well_formed() -> None:
     prompts = tiny.prompts(10)
     rollout = tiny.generator().generate(prompts, SAMPLING, samples=3, seed=1, width=WIDTH)
