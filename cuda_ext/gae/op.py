@@ -17,34 +17,48 @@ def gae(
     gamma: float,
     lam: float,
     bootstrap_values: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.gae`. rewards, values, mask[B,T], bootstrap_values[B] -> (advantages, returns), both [B,T]."""
+    """See `reference.gae`. rewards, values, mask, ends[B,T], bootstrap_values[B] -> (advantages, returns), both
+    [B,T]."""
     given = (rewards, values) if bootstrap_values is None else (rewards, values, bootstrap_values)
     if not dispatch.choose("gae", *given).kernel:
-        return reference.gae(rewards, values, mask, gamma, lam, bootstrap_values)
+        return reference.gae(rewards, values, mask, gamma, lam, bootstrap_values, ends)
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if needs_gradients or any(tensor.dtype != torch.float32 for tensor in given):
         dispatch.announce("gae", _GRADIENTS if needs_gradients else _DTYPE)
-        return reference.gae(rewards, values, mask, gamma, lam, bootstrap_values)
-    advantages, returns = fused(rewards, values, mask, gamma, lam, bootstrap_values)
+        return reference.gae(rewards, values, mask, gamma, lam, bootstrap_values, ends)
+    advantages, returns = fused(rewards, values, mask, gamma, lam, bootstrap_values, ends)
     return advantages, returns
 
 
 @torch.library.custom_op("cuda_ext::gae", mutates_args=())
 def fused(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap_values: Tensor | None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_values: Tensor | None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel: (advantages, returns), [B,T] in fp32."""
     advantages, returns = _like(rewards, values, mask, gamma, lam, bootstrap_values)
-    last = None if bootstrap_values is None else bootstrap_values.contiguous()
-    inputs = (rewards.contiguous(), values.contiguous(), mask.contiguous(), last)
+    given = (rewards, values, mask, ends, bootstrap_values)
+    inputs = (None if x is None else x.contiguous() for x in given)
     library.operators(rewards).gae_forward(*inputs, gamma, lam, advantages, returns)
     return advantages, returns
 
 
 @fused.register_fake
 def _like(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap_values: Tensor | None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_values: Tensor | None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     first, second = (torch.empty_like(rewards, memory_format=torch.contiguous_format) for _ in range(2))
     return first, second

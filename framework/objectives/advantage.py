@@ -30,6 +30,7 @@ def gae(
     gamma: float,
     lam: float,
     bootstrap_values: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): over the response tokens of a row,
 
@@ -37,10 +38,11 @@ def gae(
 
     rewards, values [B, T] float, response_mask [B, T] bool. "t+1" is the next *response* token: where observations (a
     tool's answer) stand between, the sums carry over the gap undecayed. Behind the last one V is 0, or
-    bootstrap_values[b] where the row was cut off and the episode goes on. Returns advantages and returns [B, T], zero
-    outside the response. With γ = λ = 1 the return is the reward to go.
+    bootstrap_values[b] where the row was cut off and the episode goes on. `ends` [B, T] bool, of rows into which
+    several sequences are packed: True at the last position of each, to which nothing behind it is carried. Returns
+    advantages and returns [B, T], zero outside the response. With γ = λ = 1 the return is the reward to go.
     """
-    return gae_op(rewards, values, response_mask, gamma, lam, bootstrap_values)
+    return gae_op(rewards, values, response_mask, gamma, lam, bootstrap_values, ends)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

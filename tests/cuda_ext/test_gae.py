@@ -56,6 +56,24 @@ def test_equals_the_sum_over_futures(seed: int, length: int, gamma: float, lam: 
     assert (returns[~mask] == 0).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=5), st.floats(0, 1), st.floats(0, 1))
+def test_packed_sequences_are_those_of_rows_of_their_own(
+    seed: int, lengths: list[int], gamma: float, lam: float
+) -> None:
+    generator, total = torch.Generator().manual_seed(seed), sum(lengths)
+    rewards, values = torch.randn(2, 1, total, generator=generator, dtype=torch.float64)
+    mask = torch.rand(1, total, generator=generator) < 0.7
+    last, ends = torch.randn(1, generator=generator, dtype=torch.float64), torch.zeros(1, total, dtype=torch.bool)
+    ends[0, torch.tensor(lengths[:-1]).cumsum(0).long() - 1] = True
+    packed = gae(rewards, values, mask, gamma, lam, last, ends)
+    alone = []
+    for number, parts in enumerate(zip(*(x.split(lengths, 1) for x in (rewards, values, mask)), strict=True)):
+        alone.append(gae(*parts, gamma, lam, last if number == len(lengths) - 1 else None))
+    for whole, parts in zip(packed, zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts, 1))
+
+
 def test_arguments_are_left_alone() -> None:
     rewards, values, mask = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
     last = torch.ones(2)

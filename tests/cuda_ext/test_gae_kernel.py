@@ -62,9 +62,25 @@ def test_emulated_a_row_that_was_cut_off_goes_on_with_its_bootstrap_value() -> N
     assert returns.tolist() == [[5.0, 0.0], [1.0, 0.0]]
 
 
+@pytest.mark.parametrize("often", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_emulated_packed_sequences_know_nothing_of_each_other(shape: tuple[int, int], often: float) -> None:
+    rewards, values, mask = inputs(*shape)
+    ends = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < often
+    last = draw(shape[0], seed=4)
+    with emulated(seed=sum(shape)):
+        got = op.gae(rewards, values, mask, 0.99, 0.95, last, ends)
+    exact = reference.gae(rewards.double(), values.double(), mask, 0.99, 0.95, last.double(), ends)
+    theirs = reference.gae(rewards, values, mask, 0.99, 0.95, last, ends)
+    for ours, eager, true in zip(got, theirs, exact, strict=True):
+        rounded_once(ours, true, sums=2.0**-20)
+        no_worse_than(eager, ours, true)
+
+
 def test_emulated_bits_depend_on_no_schedule() -> None:
     rewards, values, mask = inputs(5, 1284)
-    same_bits(lambda: op.gae(rewards, values, mask, 0.99, 0.95))
+    ends = torch.rand(5, 1284, generator=torch.Generator().manual_seed(5)) < 0.01
+    same_bits(lambda: op.gae(rewards, values, mask, 0.99, 0.95, None, ends))
 
 
 def test_emulated_a_row_depends_on_no_other_row() -> None:
@@ -111,7 +127,7 @@ def test_emulated_beyond_two_to_the_31st() -> None:
     for x, last in zip((rewards, values, mask), row, strict=True):
         x[-1:] = last
     with emulated(first_block=shape[0] - 1):
-        library.operators(rewards).gae_forward(rewards, values, mask, None, 0.99, 0.95, advantages, returns)
+        library.operators(rewards).gae_forward(rewards, values, mask, None, None, 0.99, 0.95, advantages, returns)
     with emulated():
         alone = op.gae(*row, 0.99, 0.95)
     assert torch.equal(advantages[-1:], alone[0])
@@ -133,7 +149,7 @@ def test_emulated_torch_finds_nothing_wrong_with_the_operator() -> None:
     rewards, values, mask = inputs(2, 8, counting=1.0)
     with emulated():
         torch.library.opcheck(op.fused, (rewards, values, mask, 0.9, 0.9, None))
-        torch.library.opcheck(op.fused, (rewards, values, mask, 0.9, 0.9, draw(2)))
+        torch.library.opcheck(op.fused, (rewards, values, mask, 0.9, 0.9, draw(2), mask))
 
 
 def test_emulated_it_stays_in_a_compiled_graph() -> None:
@@ -162,6 +178,7 @@ def test_emulated_the_benchmark_s_sides_agree() -> None:
         ({"values": torch.ones(3, 2).t()}, r"values \[2,3\] has stride 2 in dimension 1, not 1"),
         ({"mask": torch.ones(2, 3)}, "mask is float32, not bool"),
         ({"mask": torch.ones(3, 2).bool()}, r"mask \[3,2\] is not of the shape of rewards \[2,3\]"),
+        ({"ends": torch.ones(2, 4).bool()}, r"ends \[2,4\] is not of the shape of rewards \[2,3\]"),
         ({"bootstrap_values": torch.ones(3)}, r"bootstrap_values \[3\] has 3 elements, not 2"),
         ({"returns": torch.ones(2, 4)}, r"returns is float32 \[2,4\] beside rewards of float32 \[2,3\]"),
     ],
@@ -169,7 +186,7 @@ def test_emulated_the_benchmark_s_sides_agree() -> None:
 def test_emulated_what_does_not_fit_is_named(change: dict[str, Tensor], says: str) -> None:
     arguments = {
         "rewards": torch.ones(2, 3), "values": torch.ones(2, 3), "mask": torch.ones(2, 3).bool(),
-        "bootstrap_values": None, "gamma": 0.9, "lam": 0.9, "advantages": torch.ones(2, 3), "returns": torch.ones(2, 3),
+        "ends": None, "bootstrap_values": None, "gamma": 0.9, "lam": 0.9, "advantages": torch.ones(2, 3), "returns": torch.ones(2, 3),
     }  # fmt: skip
     with emulated(), pytest.raises(RuntimeError, match="gae_forward: " + says):
         library.operators(torch.ones(1)).gae_forward(*(arguments | change).values())
