@@ -19,8 +19,8 @@ def gae(
     turns) are carried over, and what stands in them is never read. `bootstrap_values`[B] is the value after the last
     True position of a row that was cut off; zero where not given. `ends`[B,T] bool, of rows that hold several
     sequences: True at the last position of each, to which nothing behind it is carried (of one that was cut off there,
-    add gamma V to its last reward). Returns (advantages, returns = advantages + values), both [B,T] and zero outside the
-    mask.
+    add gamma V to its last reward). Returns (advantages, returns = advantages + values), both [B,T] and zero outside
+    the mask.
     """
     next_value = values.new_zeros(len(values)) if bootstrap_values is None else bootstrap_values
     running = torch.zeros_like(next_value)

@@ -186,7 +186,8 @@ def test_emulated_the_benchmark_s_sides_agree() -> None:
 def test_emulated_what_does_not_fit_is_named(change: dict[str, Tensor], says: str) -> None:
     arguments = {
         "rewards": torch.ones(2, 3), "values": torch.ones(2, 3), "mask": torch.ones(2, 3).bool(),
-        "ends": None, "bootstrap_values": None, "gamma": 0.9, "lam": 0.9, "advantages": torch.ones(2, 3), "returns": torch.ones(2, 3),
+        "ends": None, "bootstrap_values": None, "gamma": 0.9, "lam": 0.9,
+        "advantages": torch.ones(2, 3), "returns": torch.ones(2, 3),
     }  # fmt: skip
     with emulated(), pytest.raises(RuntimeError, match="gae_forward: " + says):
         library.operators(torch.ones(1)).gae_forward(*(arguments | change).values())
