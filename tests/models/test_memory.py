@@ -1,5 +1,7 @@
 """What loading a folder costs: a model in the files' own dtype is the mapped files, and hardly anything beside."""
 
+import ctypes
+import gc
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -23,7 +25,10 @@ def held() -> int:
 
 
 def peak_of(work: Callable[[], torch.nn.Module], tell: "multiprocessing.Queue[int]") -> None:
-    """The most that `work` and a look at all that it gave hold at any time, less what was there before."""
+    """The most that `work` and a look at all that it gave hold at any time, less what was there before; what the parent
+    left free is given back first, or it would go meanwhile."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before, seen, over = held(), SimpleQueue[int](), threading.Event()
 
     def watch() -> None:
