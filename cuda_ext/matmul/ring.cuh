@@ -12,7 +12,7 @@ using hopper::TensorMap;
 constexpr int kDeep = 64, kBox = 64;  // 64 numbers of two bytes: the 128 bytes that the swizzle spans
 
 // What wgmma reads from `start` on: atoms of 8 rows of 128 bytes, swizzled (bit 62). `stride` bytes lie between atoms
-// that follow each other across the rows; `leading` bytes, for `b` alone, between those side by side along n.
+// that follow each other across the rows; `leading` bytes, looked at for `b` alone, between those side by side along n.
 __device__ inline uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride) {
   return uint64_t{start >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 | uint64_t{1} << 62;
 }
@@ -53,7 +53,7 @@ struct Stage {
     hopper::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDeep / 16; k++)
-      hopper::wgmma<T>(sums, descriptor(at + rows_from * 128 + k * 32, 0, 1024),
+      hopper::wgmma<T>(sums, descriptor(at + rows_from * 128 + k * 32, 16, 1024),
                        descriptor(at + kOfA + k * 16 * 128, kBoxOfB, 1024));
     hopper::wgmma_commit();
   }

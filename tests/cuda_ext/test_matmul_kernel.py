@@ -5,13 +5,15 @@ import torch
 
 from cuda_ext import library
 from cuda_ext.matmul import reference
+from cuda_ext.matmul.benchmark import hopper
 from cuda_ext.matmul.op import RUNGS, fused, matmul
-from tests.cuda_ext.emulated import draw, emulated, no_worse_than, rounded_once, same_bits, shifted, sparse
+from tests.cuda_ext.emulated import DEVICE, draw, emulated, no_worse_than, rounded_once, same_bits, shifted, sparse
 
 CASES = [(rung, torch.float32) for rung in RUNGS[:5]]
 CASES += [(rung, dtype) for rung in ("tiles", "ahead", "tensor") for dtype in (torch.bfloat16, torch.float16)]
 SIZES = [(1, 1, 1), (5, 7, 3), (33, 130, 17), (129, 64, 40), (128, 256, 64)]
 HOPPER = [(rung, dtype) for rung in RUNGS[6:] for dtype in (torch.bfloat16, torch.float16)]
+needs_hopper = pytest.mark.skipif(not hopper(DEVICE), reason="this card is not of compute capability 9.0")
 WHOLE = [(1, 8, 8), (33, 136, 72), (130, 264, 456), (300, 520, 200)]  # rows of whole sixteens of bytes, as TMA wants
 
 
@@ -21,6 +23,7 @@ def test_emulated_against_fp64(rung: str, dtype: torch.dtype, size: tuple[int, i
     against_fp64(rung, dtype, size)
 
 
+@needs_hopper
 @pytest.mark.parametrize("size", WHOLE, ids=str)
 @pytest.mark.parametrize(("rung", "dtype"), HOPPER, ids=str)
 def test_emulated_hopper_against_fp64(rung: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
@@ -28,6 +31,7 @@ def test_emulated_hopper_against_fp64(rung: str, dtype: torch.dtype, size: tuple
     against_fp64(rung, dtype, size)
 
 
+@needs_hopper
 def test_emulated_tiles_in_bands_are_all_made_and_once() -> None:
     against_fp64("specialised", torch.bfloat16, (2180, 264, 8))  # 18 by 2: a band of 16, and one of 2
 
@@ -50,6 +54,7 @@ def test_emulated_bits_depend_on_no_schedule(rung: str, dtype: torch.dtype) -> N
     same_bits(lambda: (matmul(a, b, rung),))
 
 
+@needs_hopper
 @pytest.mark.parametrize("rung", RUNGS[6:])
 def test_emulated_bits_depend_on_no_order_of_arrival(rung: str) -> None:
     a, b = draw(130, 328, dtype=torch.bfloat16), draw(328, 40, dtype=torch.bfloat16, seed=1)
@@ -70,6 +75,7 @@ def test_emulated_wherever_the_numbers_lie_and_whatever_they_are() -> None:
     assert broken[4].isfinite().all()
 
 
+@needs_hopper
 @pytest.mark.parametrize("rung", RUNGS[6:])
 def test_emulated_hopper_keeps_nan_in_its_row_and_takes_what_is_empty(rung: str) -> None:
     a, b = draw(70, 24, dtype=torch.float16), draw(24, 16, dtype=torch.float16, seed=1)
@@ -83,7 +89,7 @@ def test_emulated_hopper_keeps_nan_in_its_row_and_takes_what_is_empty(rung: str)
     assert c[3].isnan().all()
 
 
-@pytest.mark.parametrize(("rung", "deep"), [("tensor", 1), ("wgmma", 8)])
+@pytest.mark.parametrize(("rung", "deep"), [("tensor", 1), pytest.param("wgmma", 8, marks=needs_hopper)])
 def test_emulated_beyond_two_to_the_31st(rung: str, deep: int) -> None:
     """The last block of a `c` with 2^31 + 2^16 numbers; of integers, so that any order of a sum gives its bits."""
     a, b = (draw(*shape, dtype=torch.bfloat16).round() for shape in ((32769, deep), (deep, 65536)))
@@ -115,6 +121,7 @@ def test_emulated_what_does_not_fit_is_named() -> None:
             matmul(a, b, "cutlass")
 
 
+@needs_hopper
 @pytest.mark.parametrize("rung", RUNGS[6:])
 def test_emulated_what_tma_cannot_take_is_named(rung: str) -> None:
     a, b = (draw(8, 8, dtype=torch.float16) for _ in range(2))
