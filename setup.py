@@ -60,7 +60,7 @@ setup(
     package_dir={"framework.recipes": "recipes"},
     package_data={
         "framework.recipes": _SHIPPED,
-        "cuda_ext": ["*/README.md", "*/kernel.cu", "device/*", "emulator/*", "binding/*"],
+        "cuda_ext": ["*/README.md", "*/kernel.cu", "*/*.cuh", "device/*", "emulator/*", "binding/*"],
         "framework.tracking": ["*.html", "*.css"],
     },
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 BUILT = ROOT / "built"
 _USUAL = Path("/usr/local/cuda")
+_LOSS = "Potential Performance Loss"  # ptxas only mentions that it makes one wgmma wait for another
 _CHATTER = re.compile(r"ptxas info|    \d+ bytes stack frame, .* 0 bytes spill loads")  # of -v
 TARGET = (2, 11)  # the oldest torch whose stable ABI the binding speaks
 ARCHITECTURES = {
@@ -99,8 +100,8 @@ def compile_one(kind: Kind, source: Path, folder: Path = BUILT) -> Path:
 def run(command: Sequence[str]) -> str:
     """What a compiler printed; BuildError if it refused."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if not _CHATTER.match(line)]
+    if done.returncode != 0 or _LOSS in done.stderr:
+        lines = [li for li in (done.stdout + done.stderr).splitlines() if _LOSS in li or not _CHATTER.match(li)]
         raise BuildError("\n".join([" ".join(command), *lines]))
     return done.stdout + done.stderr
 

@@ -3,6 +3,7 @@
 A kernel's file says what its machine code must hold, one line a demand, as a pattern over the kernel's demangled name:
 
     // sass norm_forward<.*, [1248], [48]>: LDG.E.128 STG.E.128
+    // sass matmul_wgmma<.*> on sm_90a: HGMMA
 
 No kernel may use local memory: what does not fit in registers is a defect of the kernel. Left out: all that needs a
 card to run (`benchmark.py` of each op, `launch/gpu`).
@@ -58,8 +59,7 @@ class Card:
 
     def _machine_code(self) -> Iterator[str]:
         for pattern, opcodes in self.demands.items():
-            count = sum(bool(re.search(pattern, kernel.name)) for kernel in self.kernels)
-            yield f"  SASS      {pattern}: {', '.join(opcodes)} in all {count}"
+            yield f"  SASS      {pattern}: {', '.join(opcodes)} in all {len(_asked(self.kernels, pattern))}"
 
 
 def read(op: str) -> Card:
@@ -77,13 +77,19 @@ def _faults(kernels: list[Kernel], demands: dict[str, list[str]]) -> Iterator[st
         if kernel.local or kernel.instructions.get("LDL") or kernel.instructions.get("STL"):
             yield f"{kernel.name} on {kernel.architecture} uses local memory"
     for pattern, opcodes in demands.items():
-        found = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
+        found = _asked(kernels, pattern)
         if not found:
             yield f"no kernel is called {pattern}"
         for kernel in found:
             for opcode in opcodes:
                 if not any(name.startswith(opcode) for name in kernel.instructions):
                     yield f"{kernel.name} on {kernel.architecture} has no {opcode}"
+
+
+def _asked(kernels: list[Kernel], demand: str) -> list[Kernel]:
+    """The kernels that `demand`, NAME or NAME on ARCHITECTURE, speaks of."""
+    name, _, architecture = demand.partition(" on ")
+    return [k for k in kernels if re.search(name, k.name) and architecture in ("", k.architecture)]
 
 
 def _kernels(made: Path) -> Iterator[Kernel]:

@@ -24,6 +24,8 @@ def test_a_wheel_runs_the_quickstart_without_the_checkout(tmp_path: Path) -> Non
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True, timeout=100)
+    kernels = [path.relative_to(ROOT) for path in (ROOT / "cuda_ext").glob("*/*.cu*")]
+    assert [path for path in kernels if not (installed / path).exists()] == []
 
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -26,6 +26,8 @@
   T* name = reinterpret_cast<T*>(shared_bytes)
 #define LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
   do {                                                                                                            \
+    if ((shared) > 48 * 1024) /* more must be asked for; a refusal is the launch's error */                       \
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));        \
     kernel<<<(grid), (block), (shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                        \
     cudaError_t error = cudaGetLastError();                                                                       \
     if (error != cudaSuccess) refuse("%s was not launched: %s", #kernel, cudaGetErrorString(error));              \

@@ -5,8 +5,8 @@
 // from malloc, so that AddressSanitizer knows its bounds.
 //
 // Caught: reads before writes across a missing barrier, accesses out of bounds (with -fsanitize=address), a barrier or
-// shuffle that some threads never reach, a lane that is not there. Left out: memory order finer than barriers and
-// shuffles, asynchronous copies, tensor cores but where a wrapper of device/ emulates them, clusters, speed.
+// shuffle that some threads never reach, a lane that is not there, a wait that nothing ends. Left out: finer memory
+// order, tensor cores and asynchronous copies but where a wrapper emulates them (hopper.h), clusters, speed.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -39,16 +40,14 @@ namespace emulator {
 constexpr std::size_t kStack = 256 << 10;
 constexpr int kLanes = 32, kPoison = 0xCD;
 
-struct Index {
-  unsigned x = 0, y = 0, z = 0;
-};
+struct Index { unsigned x = 0, y = 0, z = 0; };
 struct Extent {
   unsigned x = 1, y = 1, z = 1;
   Extent(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
   Extent(dim3 from) : x(from.x), y(from.y), z(from.z) {}
 };
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State { kReady, kAtBarrier, kAtShuffle, kAsleep, kDone };
 
 struct Fiber {
   ucontext_t context;
@@ -57,12 +56,19 @@ struct Fiber {
   State state = State::kReady;
   Index thread;
   int number = 0, rounds = 0;  // shuffles so far
+  std::deque<std::function<void()>> deferred;  // handed to another engine; an empty one ends a group
 };
 
 struct Warp {
   int waiting = 0;
   unsigned char values[2][kLanes][16];  // of this round and of the one before, which some may still read
   unsigned priority = 0;
+};
+
+struct Memory {
+  std::unique_ptr<unsigned char[]> bytes;
+  std::size_t size = 0;
+  uint32_t address = 0;  // in the window of shared memory
 };
 
 struct Machine {
@@ -72,7 +78,10 @@ struct Machine {
 
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::map<const void*, std::unique_ptr<unsigned char[]>> shared;
+  std::map<const void*, Memory> shared;
+  std::vector<std::function<void()>> late;  // bytes on their way: they land in any order, at any time,
+  unsigned pace = 1;                        // by chance one step in so many, or when nobody can go on without them
+  unsigned changes = 0;                     // of what `wait_until` looks at
   std::size_t dynamic_bytes = 0;
   ucontext_t scheduler;
   void *shadow = nullptr;
@@ -98,10 +107,11 @@ inline void to_scheduler([[maybe_unused]] bool for_good = false) {
   FIBER_ARRIVES(self->shadow);
 }
 
-inline void fail(const std::string& why) {  // never comes back
+[[noreturn]] inline void fail(const std::string& why) {
   if (machine.error.empty()) machine.error = why;
   machine.now->state = State::kDone;
   to_scheduler(true);
+  std::abort();
 }
 
 inline void run_fiber() {
@@ -109,6 +119,7 @@ inline void run_fiber() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.home, &machine.home_size);
 #endif
   machine.body();
+  if (!machine.now->deferred.empty()) fail("a thread ends with products that it has not waited for");
   machine.now->state = State::kDone;
   to_scheduler(true);
 }
@@ -116,6 +127,15 @@ inline void run_fiber() {
 inline void barrier() {
   machine.now->state = State::kAtBarrier;
   to_scheduler();
+}
+
+// Waits for what no barrier of all threads tells; who changes it counts `changes` up.
+template <class Done>
+void wait_until(Done done) {
+  while (!done()) {
+    machine.now->state = State::kAsleep;
+    to_scheduler();
+  }
 }
 
 // Hands `value` to the warp and waits for its lanes; then the value of any lane can be read by `of_lane`.
@@ -151,6 +171,7 @@ inline void start(Fiber& fiber, int number) {
   fiber.thread = {n % block.x, n / block.x % block.y, n / block.x / block.y};
   fiber.number = number;
   fiber.rounds = 0;
+  fiber.deferred.clear();
   fiber.state = State::kReady;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -167,57 +188,93 @@ inline void resume(Fiber& fiber) {
 }
 
 // A block: the warps in a random order of precedence, drawn anew at every barrier, so that one can run far ahead.
-inline void run_block(int threads) {
-  std::vector<int> ready(threads);
-  std::iota(ready.begin(), ready.end(), 0);
-  machine.warps.assign((threads + kLanes - 1) / kLanes, {});
-  machine.shared.clear();
-  for (int n = 0; n < threads; n++) start(machine.fibers[n], n);
-  auto draw = [] {
+struct Block {
+  int threads, done = 0, at_barrier = 0;
+  unsigned seen = 0;  // of the changes
+  std::vector<int> ready, asleep;
+
+  explicit Block(int threads) : threads(threads), ready(threads) {
+    std::iota(ready.begin(), ready.end(), 0);
+    machine.warps.assign((threads + kLanes - 1) / kLanes, {});
+    machine.shared.clear();
+    machine.late.clear();
+    for (int n = 0; n < threads; n++) start(machine.fibers[n], n);
+    arrange();
+  }
+
+  void arrange() {
     for (Warp& warp : machine.warps) warp.priority = machine.random();
-  };
-  auto before = [](int a, int b) {
-    return machine.warps[a / kLanes].priority < machine.warps[b / kLanes].priority;
-  };
-  auto arrange = [&] {
     std::shuffle(ready.begin(), ready.end(), machine.random);
-    std::stable_sort(ready.begin(), ready.end(), before);
-  };
-  int done = 0, at_barrier = 0;
-  draw();
-  arrange();
-  while (done < threads) {
-    if (ready.empty() && at_barrier + done == threads && done == 0) {
-      for (int n = 0; n < threads; n++) {
-        machine.fibers[n].state = State::kReady;
-        ready.push_back(n);
-      }
-      at_barrier = 0;
-      draw();
-      arrange();
+    std::stable_sort(ready.begin(), ready.end(), [](int a, int b) {
+      return machine.warps[a / kLanes].priority < machine.warps[b / kLanes].priority;
+    });
+  }
+
+  void go_on(std::vector<int> numbers) {
+    std::shuffle(numbers.begin(), numbers.end(), machine.random);
+    for (int n : numbers) machine.fibers[n].state = State::kReady;
+    ready.insert(machine.random() % 4 ? ready.end() : ready.begin(), numbers.begin(), numbers.end());
+  }
+
+  void open_barrier() {
+    ready.resize(threads);
+    std::iota(ready.begin(), ready.end(), 0);
+    for (int n : ready) machine.fibers[n].state = State::kReady;
+    at_barrier = 0;
+    arrange();
+  }
+
+  // What happens beside the threads: bytes land, and who waits for a change looks again.
+  void beside(bool stuck) {
+    if (!machine.late.empty() && (stuck || machine.random() % machine.pace == 0)) {
+      std::swap(machine.late[machine.random() % machine.late.size()], machine.late.back());
+      const auto land = std::move(machine.late.back());
+      machine.late.pop_back();
+      land();
     }
-    if (ready.empty())
-      throw Refused{"a block hangs: " + std::to_string(at_barrier) + " of its " + std::to_string(threads) +
-                    " threads wait at a barrier, " + std::to_string(done) + " have ended, " +
-                    std::to_string(threads - at_barrier - done) + " wait at a shuffle"};
-    int number = ready.back();
-    ready.pop_back();
+    if (!asleep.empty() && seen != machine.changes && (stuck || machine.random() % 8 == 0)) {
+      seen = machine.changes;
+      go_on(std::exchange(asleep, {}));
+    }
+  }
+
+  void step(int number) {
     Fiber& fiber = machine.fibers[number];
     resume(fiber);
     if (!machine.error.empty()) throw Refused{std::exchange(machine.error, "")};
     done += fiber.state == State::kDone;
     at_barrier += fiber.state == State::kAtBarrier;
+    if (fiber.state == State::kAsleep) asleep.push_back(number);
     Warp& warp = machine.warps[number / kLanes];
     if (fiber.state == State::kAtShuffle && warp.waiting == lanes_of(number / kLanes)) {
       warp.waiting = 0;
       std::vector<int> lanes(lanes_of(number / kLanes));
       std::iota(lanes.begin(), lanes.end(), number / kLanes * kLanes);
-      std::shuffle(lanes.begin(), lanes.end(), machine.random);
-      for (int lane : lanes) machine.fibers[lane].state = State::kReady;
-      ready.insert(machine.random() % 4 ? ready.end() : ready.begin(), lanes.begin(), lanes.end());
+      go_on(lanes);
     }
   }
-}
+
+  void run() {
+    while (done < threads) {
+      const bool all_there = ready.empty() && at_barrier == threads;
+      beside(ready.empty() && !all_there);
+      if (all_there) open_barrier();
+      if (ready.empty()) hangs();
+      const int number = ready.back();
+      ready.pop_back();
+      step(number);
+    }
+    if (!machine.late.empty())
+      throw Refused{"a block ends while copies are on their way to it: " + std::to_string(machine.late.size())};
+  }
+
+  void hangs() const {
+    const std::size_t shuffling = threads - at_barrier - done - asleep.size();
+    throw Refused{"a block hangs: " + std::to_string(at_barrier) + " of its " + std::to_string(threads) +
+                  " threads wait at a barrier, " + std::to_string(done) + " have ended, " + std::to_string(shuffling) +
+                  " wait at a shuffle, " + std::to_string(asleep.size()) + " at an mbarrier"};
+  }
+};
 
 inline void launch(Extent grid, Extent block, std::size_t dynamic_bytes, std::function<void()> body) {
   std::lock_guard<std::mutex> lock(machine.one_launch);
@@ -236,19 +293,22 @@ inline void launch(Extent grid, Extent block, std::size_t dynamic_bytes, std::fu
   for (int64_t n : order) {
     machine.at = {static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
                   static_cast<unsigned>(n / grid.x / grid.y)};
-    run_block(threads);
+    Block(threads).run();
   }
   machine.shared.clear();
 }
 
 template <class T>
 T* shared(const void* site, std::size_t count) {
-  auto& memory = machine.shared[site];
-  if (!memory) {
-    memory.reset(new unsigned char[count * sizeof(T)]);
-    std::memset(memory.get(), kPoison, count * sizeof(T));
+  Memory& memory = machine.shared[site];
+  if (!memory.bytes) {
+    const std::size_t size = count * sizeof(T);
+    uint32_t end = 1024;  // what comes before is the system's
+    for (const auto& [_, other] : machine.shared) end = std::max<uint32_t>(end, other.address + other.size);
+    memory = {std::unique_ptr<unsigned char[]>(new unsigned char[size]), size, (end + 15) / 16 * 16 + 16};
+    std::memset(memory.bytes.get(), kPoison, size);
   }
-  return reinterpret_cast<T*>(memory.get());
+  return reinterpret_cast<T*>(memory.bytes.get());
 }
 
 }  // namespace emulator
@@ -260,8 +320,10 @@ T* shared(const void* site, std::size_t count) {
 #undef __host__
 #define __host__
 #undef __forceinline__
+#undef __grid_constant__
 #undef __launch_bounds__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 

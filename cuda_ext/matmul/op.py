@@ -6,11 +6,12 @@ from torch import Tensor
 from cuda_ext import dispatch, library
 from cuda_ext.matmul import reference
 
-RUNGS = ("naive", "coalesced", "tiles", "registers", "ahead", "tensor")
+RUNGS = ("naive", "coalesced", "tiles", "registers", "ahead", "tensor", "wgmma", "specialised")
 
 
 def matmul(a: Tensor, b: Tensor, rung: str = "ahead") -> Tensor:
-    """a[M,K] b[K,N] -> [M,N] by one of RUNGS; `tensor` takes bfloat16 and float16."""
+    """a[M,K] b[K,N] -> [M,N] by one of RUNGS. From `tensor` on they take bfloat16 and float16; `wgmma` and
+    `specialised` run on compute capability 9.0, with rows of `a` and `b` in multiples of 16 bytes."""
     if rung not in RUNGS:
         raise ValueError(f"rung {rung} is not there: choose one of {', '.join(RUNGS)}")
     if not dispatch.choose("matmul", a, b).kernel:

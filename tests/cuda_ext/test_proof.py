@@ -29,6 +29,23 @@ __global__ void __launch_bounds__(1024, 2) spills(const float* x, float* y) {
   for (int n = 0; n < 64; n++) y[n * 1024 + threadIdx.x] = kept[n];
 }
 """
+SERIAL = """
+__global__ void serial(const float* x, float* y, unsigned long long a, int steps) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  float d[4] = {x[0], x[1], x[2], x[3]};
+  for (int n = 0; n < steps; n++) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    for (int k = 0; k < 2; k++) {
+      asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                   "{%0, %1, %2, %3}, %4, %4, p, 1, 1, 0, 1; }"
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a));
+      y[n * 2 + k] = d[0];  // before the wait
+    }
+    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  }
+#endif
+}
+"""
 WARNS = "__global__ void warns(int* x) { int unused = 3; x[0] = 1; }"
 
 
@@ -52,7 +69,9 @@ def test_the_machine_code_is_as_the_kernel_demands(op: str, capsys: pytest.Captu
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("source", "says"), [(SPILLS, "Registers are spilled"), (WARNS, "never referenced")])
+@pytest.mark.parametrize(
+    ("source", "says"), [(SPILLS, "Registers are spilled"), (WARNS, "never referenced"), (SERIAL, "serialized")]
+)
 def test_a_spill_or_a_warning_is_an_error(tmp_path: Path, source: str, says: str) -> None:
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong/kernel.cu").write_text(source)
@@ -65,12 +84,17 @@ def test_demands_that_are_not_met_are_faults() -> None:
     kernels = [
         proof.Kernel("fast<float>", "sm_80", 20, 0, 0, {"LDG.E.128.CONSTANT": 2}),
         proof.Kernel("slow<float>", "sm_80", 20, 0, 8, {"LDG.E": 2}),
+        proof.Kernel("new<half>", "sm_80", 4, 0, 0, {"EXIT": 1}),
+        proof.Kernel("new<half>", "sm_90a", 20, 0, 0, {"HGMMA.64x128x16.F32": 4}),
     ]
-    demands = {"<float>": ["LDG.E.128"], "gone<": ["HMMA"]}
+    demands = {"<float>": ["LDG.E.128"], "gone<": ["HMMA"], "new< on sm_90a": ["HGMMA", "UTMALDG"]}
+    demands |= {"new< on sm_90": ["HGMMA"]}
     assert list(proof._faults(kernels, demands)) == [
         "slow<float> on sm_80 uses local memory",
         "slow<float> on sm_80 has no LDG.E.128",
         "no kernel is called gone<",
+        "new<half> on sm_90a has no UTMALDG",
+        "no kernel is called new< on sm_90",
     ]
 
 
