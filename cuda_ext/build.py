@@ -48,7 +48,8 @@ class Kind:
 _WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 _PLAIN = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-DEMULATOR", "-x", "c++", *_WARNINGS)
 EMULATOR = Kind("emulator", "g++", ("-O1", *_PLAIN))
-ADDRESS = Kind("address", "g++", ("-O1", "-g1", "-fsanitize=address", *_PLAIN), ("-fsanitize=address",))
+_SANITIZED = "-fsanitize=address,undefined"
+ADDRESS = Kind("address", "g++", ("-O1", "-g1", _SANITIZED, "-fno-sanitize-recover=undefined", *_PLAIN), (_SANITIZED,))
 CUDA = Kind(
     "cuda",
     "nvcc",

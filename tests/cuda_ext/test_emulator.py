@@ -165,6 +165,14 @@ def test_an_access_out_of_bounds_is_named_with_its_line(planted_with_bounds: Pat
     assert sanitized("ops.planted(0, x, y)", planted_with_bounds).returncode == 0
 
 
+def test_a_wide_access_that_does_not_begin_on_its_width_is_named(planted_with_bounds: Path) -> None:
+    """A card stops there; a CPU would go on."""
+    done = sanitized("ops.planted(10, x, y)", planted_with_bounds)
+    assert "device.cuh:" in done.stderr
+    assert "misaligned address" in done.stderr
+    assert done.returncode
+
+
 def mutated(folder: Path, kind: Kind, change: Callable[[str], str], name: str, op: str = "rms_norm") -> Path:
     """The library of `op` alone, with one header changed."""
     shutil.copytree(ROOT, folder / "cuda_ext", ignore=shutil.ignore_patterns("built", "__pycache__"))
@@ -221,7 +229,8 @@ def test_a_ring_that_is_read_too_early_or_filled_too_early_gives_other_numbers(t
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("op", kernels())
 def test_no_kernel_leaves_its_bounds_in_any_of_its_tests(op: str) -> None:
-    """All that begins with test_emulated_, again, with AddressSanitizer in the kernels and in every tensor."""
+    """All that begins with test_emulated_, again, with AddressSanitizer in every tensor, and it and the sanitizer of
+    undefined behaviour in the kernels."""
     env = os.environ | {"CUDA_EXT_EMULATOR": "address"} | sanitizer()
     words = ["-q", "-k", "test_emulated and not compiled", *map(str, Path(__file__).parent.glob(f"test_{op}*.py"))]
     command = [sys.executable, "-m", "pytest", *words]

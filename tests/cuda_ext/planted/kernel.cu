@@ -29,6 +29,11 @@ __global__ void no_lane(float* y) { y[threadIdx.x] = __shfl_sync(~0u, 1.0f, 40);
 
 __global__ void beyond(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
 
+// Sixteen bytes at once from where a card would refuse to.
+__global__ void crooked(const float* x, float* y) {
+  if (threadIdx.x == 0) y[0] = load<float, 4>(x + 1).at[0];
+}
+
 __global__ void beyond_shared(float* y) {
   SHARED(float, kept, 64);
   kept[threadIdx.x + 1] = 1;
@@ -102,6 +107,7 @@ void planted(Stream stream, int64_t which, Tensor x, Tensor y) {
   const auto too_few = waits<true, 9>, enough = waits<true, 10>, none = waits<false, 10>;
   if (which == 7) LAUNCH(too_few, 1, threads, 0, stream, y.as<float>());
   if (which == 8) LAUNCH(enough, 1, threads, 0, stream, y.as<float>());
+  if (which == 10) LAUNCH(crooked, 1, threads, 0, stream, x.as<float>(), y.as<float>());
   if (which >= 70) check_hopper("wgmma", static_cast<int>(which));
   if (which == 9) LAUNCH(none, 1, threads, 0, stream, y.as<float>());
 }
