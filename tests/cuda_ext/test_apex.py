@@ -80,7 +80,7 @@ def test_other_dtypes_meet_in_the_wider_one_outside_of_autocast() -> None:
 def steps(within: Any, number: int = 3, dtype: torch.dtype = torch.float32, **words: Any) -> list[list[Tensor]]:
     """(params, averages, averages of squares, copies) after some updates; an empty tensor is the last."""
     shapes = [(7, 3), (11,), (0,)]
-    params, copies = drawn(*shapes), [x.bfloat16() for x in drawn(*shapes)]
+    params, copies = drawn(*shapes), [torch.zeros(shape).bfloat16() for shape in shapes]
     states = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
     for step in range(1, number + 1):
         grads = [grad.to(dtype) for grad in drawn(*shapes, seed=step)]
@@ -127,7 +127,7 @@ def test_updates_are_the_definitions(dtype: torch.dtype, words: dict[str, Any]) 
         torch.testing.assert_close(a, b, rtol=2**-7, atol=0)
     if float(words.get("non_finite", 0)):
         assert torch.equal(ours[0][0], drawn((7, 3))[0])
-        assert torch.equal(ours[3][0], drawn((7, 3))[0].bfloat16())
+        assert not ours[3][0].any()
 
 
 def test_an_update_is_that_of_torchs_own_optimizer() -> None:
