@@ -16,6 +16,7 @@ from cuda_ext import dispatch
 from cuda_ext.attention import flash, op, reference
 from cuda_ext.attention.documents import Documents, find_documents, whole_rows
 from cuda_ext.attention.op import attention, takes_documents
+from framework.parallel.recompute import _KEPT_BY_NAME
 from tests.cuda_ext import packed
 from tests.cuda_ext.standing_in import H100, standing_in
 from tests.cuda_ext.test_attention import draw
@@ -287,3 +288,4 @@ def test_torchs_own_function_takes_what_it_is_given() -> None:
         assert said("attention") == "torch varlen_attn"
         assert y.shape == q.shape
         assert [g.shape for g in torch.autograd.grad(y.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+    assert str(torch.ops.torch_attn._varlen_attn.default) in _KEPT_BY_NAME  # selective recomputation keeps it

@@ -103,6 +103,17 @@ def test_the_environment_goes_before_the_recipe(capsys: pytest.CaptureFixture[st
     assert line == "framework sft: ops.norm=apex: CUDA_EXT=reference leaves no choice; leave it out, or choose torch"
 
 
+def test_a_kernel_that_is_not_built_is_refused_and_an_emulated_one_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "no kernel is built: python -m cuda_ext build makes the library where nvcc is"
+    monkeypatch.setattr(library, "why_not", lambda device: reason)
+    line = refused([*SFT, "ops.norm=kernel"], capsys)
+    assert line == f"framework sft: ops.norm=kernel: {reason}; leave it out, or choose torch"
+    with dispatch.use("emulator"):
+        check_ops(compose("sft", [*SFT[1:], "ops.norm=kernel", "ops.optimizer=kernel"])[0])
+
+
 def test_a_pipeline_is_refused_before_its_first_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
