@@ -1,8 +1,8 @@
 """NVIDIA apex, where it is installed: its fused norms and AdamW in the words of our operators.
 
-The package `apex` on PyPI is another program. What is said of apex here was read off its source of 2025 and never run
-against it. Importing this needs no torch. Left out: apex's own optimizer, which owns what it updates, and its norms
-that keep the output in place of the input.
+The package `apex` on PyPI is another program. What is said of apex here was read off its source (at 014f30f7 and
+004da4ed) and has not run against it. Importing this needs no torch. Left out: apex's own optimizer, which owns what it
+updates, and its norms that keep the output in place of the input.
 """
 
 import functools

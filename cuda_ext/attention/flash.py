@@ -3,11 +3,11 @@
 =  ====================================  ====================  =======================================================
 2  `flash_attn` (Dao 2024)               8.0 and newer         heads of 8 to 256 numbers
 3  `flash_attn_interface` (Shah 2024)    9.0                   the same; deterministic backward up to 192
-4  `flash_attn.cute.interface` (2026)    9.0 to 10.3           the same; on 10.x 8 to 128, and 256 without a soft cap
+4  `flash_attn.cute.interface`           9.0 to 10.3           the same; on 10.x 8 to 128, and 256 without a soft cap
 =  ====================================  ====================  =======================================================
 
-all in bf16 and fp16, read off flash-attn 2.8.3, hopper/ of November 2025 and flash-attn-4 4.0.0b36. None could be
-installed where this was written. Importing this needs no torch. Left out: the calls (`op`).
+all in bf16 and fp16, read off flash-attn 2.8.3, hopper/ at 01afd16d and flash-attn-4 4.0.0b36. None has been
+run from here yet. Importing this needs no torch. Left out: the calls (`op`).
 """
 
 import functools

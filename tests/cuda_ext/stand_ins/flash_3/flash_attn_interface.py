@@ -1,4 +1,4 @@
-"""flash-attn 3 (hopper/flash_attn_interface.py at 01afd16d, November 2025): its signatures. Older ones return a pair,
+"""flash-attn 3 (hopper/flash_attn_interface.py at 01afd16d): its signatures. Older ones return a pair,
 as is done here for whole rows."""
 
 from tests.cuda_ext import packed

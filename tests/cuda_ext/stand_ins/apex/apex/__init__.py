@@ -1,1 +1,1 @@
-"""NVIDIA apex: a stand-in with the signatures of its main branch, computed in plain torch."""
+"""NVIDIA apex: a stand-in with its signatures, computed in plain torch."""
