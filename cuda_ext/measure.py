@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Rivals = Mapping[str, Callable[..., Any]]
 _COLD = 256 << 20  # bytes, more than any card's cache
 _WARM_UP, _LAPS = 5, 50
 
@@ -77,6 +78,14 @@ def copy_case(device: str, gigabytes: float = 1.0) -> Case:
     return Case(f"copy of {gigabytes:g} GiB", lambda: target.copy_(source), moved=2 * source.numel())
 
 
+def rival(name: str, module: str, make: Callable[[Any], Callable[..., Any]]) -> Rivals:
+    """{name: what `make` makes of another library's module}; nothing where that is not installed, or cannot be used."""
+    try:
+        return {name: make(importlib.import_module(module))}
+    except (ImportError, OSError, AttributeError):  # OSError: a library that it opens; AttributeError: an older one
+        return {}
+
+
 def beside_torch(
     name: str,
     ours: Callable[..., Any],
@@ -84,10 +93,13 @@ def beside_torch(
     inputs: tuple[Any, ...],
     moved: int = 0,
     flops: int = 0,
+    others: Rivals | None = None,
 ) -> Case:
-    """`ours` beside the same in torch's own words, eager and compiled: the rivals that cost nothing to write."""
+    """`ours` beside the same in torch's own words, eager and compiled: the rivals that cost nothing to write; and
+    `others`."""
     fast: Callable[..., Any] = torch.compile(eager, fullgraph=True)
-    rivals = {"eager": functools.partial(eager, *inputs), "compile": functools.partial(fast, *inputs)}
+    sides = {"eager": eager, "compile": fast, **(others or {})}
+    rivals = {side: functools.partial(call, *inputs) for side, call in sides.items()}
     return Case(name, functools.partial(ours, *inputs), rivals, moved, flops)
 
 
@@ -99,9 +111,17 @@ def backward(
     gradients: tuple[Tensor, ...],
     moved: int = 0,
     flops: int = 0,
+    others: Rivals | None = None,
 ) -> Case:
     """The backward passes alone, all from `gradients` of the outputs: each graph is made once and kept."""
-    sides = {"ours": ours, "eager": eager, "compile": torch.compile(eager, fullgraph=True)}
+    sides = {"ours": ours, "eager": eager, "compile": torch.compile(eager, fullgraph=True), **(others or {})}
+    return backward_of(name, sides, inputs, gradients, moved, flops)
+
+
+def backward_of(
+    name: str, sides: Rivals, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], moved: int = 0, flops: int = 0
+) -> Case:
+    """The backward passes of `sides`, one of which is "ours"."""
     graphs = {side: _backward(call, inputs, gradients) for side, call in sides.items()}
     return Case(name, graphs.pop("ours"), graphs, moved, flops)
 

@@ -350,6 +350,7 @@ def _stage_help(stage: str) -> str:
     folded = {"model.AXIS": "axes of the architecture: framework models axes"}
     if stage == "ppo":
         folded["lora.KEY"] = "keys of an adapter: framework sft --help"
+        folded["ops.KEY"] = "keys, whose operators run: framework sft --help"
     groups = {name.partition(".")[0]: name for name in folded}
     lines = [f"  {key}={_shown(value)}" for key, value in defaults.items() if key.partition(".")[0] not in groups]
     for group, name in groups.items():

@@ -1,18 +1,19 @@
 """The AdamW update of many tensors at once, in place, and the norm of many tensors that it can be clipped by."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cuda_ext import dispatch, library
+from cuda_ext import apex, dispatch, library
 from cuda_ext.adamw import reference
 from cuda_ext.adamw.reference import Factors
 
 _STRETCH = 1 << 17  # elements that a CPU's cache holds with their states and all that comes between
 CHUNK, MOST_PARTS = 4096, 1024  # as in kernel.cu: elements a partial sum of a norm, and partial sums a tensor at most
 _FORM = dispatch.Implementation(
-    "reference", "the kernel takes contiguous float32 parameters and states, gradients of one dtype, bfloat16 copies"
+    "reference", "kernels take contiguous float32 parameters and states, gradients of one dtype, bfloat16 copies"
 )
 
 
@@ -38,23 +39,30 @@ def adamw(
     step counts in `step`, unless the caller looks."""
     if not params:
         return
-    if dispatch.choose("adamw", *params, *grads).kernel:
-        if _fits(params, grads, [*exp_avgs, *exp_avg_sqs], copies or []):
-            factors = [*Factors.of(step, lr, beta1, beta2, eps, weight_decay), unscale]
-            fused(params, grads, exp_avgs, exp_avg_sqs, copies or [], factors, clip, non_finite)
-            return
+    settings: dict[str, Any] = {
+        "step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay,
+        "unscale": unscale, "clip": clip, "non_finite": non_finite,
+    }  # fmt: skip
+    chosen = dispatch.choose("adamw", *params, *grads)
+    by_apex = chosen is apex.RUNS["optimizer"]
+    fits = (chosen.kernel or by_apex) and _fits(params, grads, [*exp_avgs, *exp_avg_sqs], copies or [])
+    if fits and by_apex:
+        apex.adamw(params, grads, exp_avgs, exp_avg_sqs, **settings, copies=copies)
+        return
+    if fits:
+        factors = [*Factors.of(step, lr, beta1, beta2, eps, weight_decay), unscale]
+        fused(params, grads, exp_avgs, exp_avg_sqs, copies or [], factors, clip, non_finite)
+        return
+    if chosen.kernel or by_apex:
         dispatch.announce("adamw", _FORM)
     for piece in _pieces(params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else [])):
-        reference.adamw(
-            *piece[:4], step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-            unscale=unscale, clip=clip, non_finite=non_finite, copies=piece[4] if copies else None,
-        )  # fmt: skip
+        reference.adamw(*piece[:4], **settings, copies=piece[4] if copies else None)
 
 
 def multi_tensor_norm(tensors: list[Tensor], unscale: float = 1.0) -> tuple[Tensor, Tensor]:
     """See `reference.multi_tensor_norm`: (norm, non_finite), of no dimension. The kernel adds partial sums whose number
     and order the tensors' sizes settle, so that the bits depend on no card."""
-    if not tensors or not dispatch.choose("adamw", *tensors).kernel:
+    if not tensors or not dispatch.choose("multi_tensor_norm", *tensors).kernel:
         return reference.multi_tensor_norm(tensors, unscale)
     norm, non_finite = fused_norm(tensors, unscale)
     return norm, non_finite

@@ -5,7 +5,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from cuda_ext import dispatch, library
+from cuda_ext import apex, dispatch, library
 from cuda_ext.layer_norm import reference
 from cuda_ext.rms_norm.op import LINES
 
@@ -24,10 +24,17 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `reference.layer_norm`. x[..., D], weight and bias[D] -> y, or (y, x + residual)."""
-    if not dispatch.choose("layer_norm", x, weight).kernel:
+    chosen = dispatch.choose("layer_norm", x, weight)
+    if chosen is apex.RUNS["norm"]:
+        total = x if residual is None else x + residual
+        return _apex(total, weight, bias, eps) if residual is None else (_apex(total, weight, bias, eps), total)
+    if not chosen.kernel:
         return reference.layer_norm(x, weight, bias, eps, residual)
     y, total, _, _ = fused(x, residual, weight, bias, eps)
     return y if residual is None else (y, total)
+
+
+_apex = torch.compiler.disable(apex.layer_norm, reason="older versions of apex cannot be traced")
 
 
 @torch.library.custom_op("cuda_ext::layer_norm", mutates_args=())

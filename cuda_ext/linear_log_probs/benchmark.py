@@ -1,8 +1,8 @@
 """Log-probs and entropy from hidden states in bf16, beside eager torch and torch.compile on whole logits; the pointwise
-loss beside cross_entropy."""
+loss beside cross_entropy and, where it is installed, Liger's."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cuda_ext.linear_log_probs.op import linear_log_probs
 from cuda_ext.linear_log_probs.token_loss import Metrics, linear_token_loss
-from cuda_ext.measure import Case, backward, beside_torch
+from cuda_ext.measure import Case, backward, beside_torch, rival
 
 _SIZES = [(8192, 768, 50304), (8192, 2048, 32000), (8192, 4096, 131072)]
 
@@ -29,7 +29,9 @@ def cases(device: str, sizes: list[tuple[int, int, int]] = _SIZES) -> Iterator[C
         ours, eager = (functools.partial(call, targets=targets) for call in (_ours, _torch))
         yield backward(f"backward {size}", ours, eager, (hidden, weight), gradients, flops=3 * product)
         inputs = (hidden.requires_grad_(), weight.requires_grad_(), targets)
-        yield beside_torch(f"loss and gradients {size}", _loss, _torch_loss, inputs, flops=3 * product)
+        liger = rival("liger", "liger_kernel.transformers.functional", _liger_loss)
+        name = f"loss and gradients {size}"
+        yield beside_torch(name, _loss, _torch_loss, inputs, flops=3 * product, others=liger)
 
 
 def _ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +52,14 @@ def _mean(log_probs: Tensor, _: Tensor | None, rows: Any, *, count: int) -> tupl
 def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     loss, _ = linear_token_loss(hidden, weight, targets, functools.partial(_mean, count=len(hidden)), None)
     return torch.autograd.grad(loss, (hidden, weight))
+
+
+def _liger_loss(module: Any) -> Callable[..., tuple[Tensor, ...]]:
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        mean = module.liger_fused_linear_cross_entropy(hidden, weight, targets)
+        return torch.autograd.grad(mean, (hidden, weight))
+
+    return loss
 
 
 def _torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from cuda_ext import dispatch, library
+from cuda_ext import apex, dispatch, library
 from cuda_ext.rms_norm import reference
 
 LINES = 264  # blocks of the backward kernel, two for each of an H100's multiprocessors: the same bits on every card
@@ -23,13 +23,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[T
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """See `reference.rms_norm`. x[..., D], weight[D] -> y, or (y, x + residual)."""
-    if not dispatch.choose("rms_norm", x, weight).kernel:
+    chosen = dispatch.choose("rms_norm", x, weight)
+    if chosen is apex.RUNS["norm"]:
+        total = x if residual is None else x + residual
+        return _apex(total, weight, eps) if residual is None else (_apex(total, weight, eps), total)
+    if not chosen.kernel:
         return reference.rms_norm(x, weight, eps, residual)
     if residual is None:
         y: Tensor = fused(x, weight, eps)[0]
         return y
     y, total, _ = fused_with_residual(x, residual, weight, eps)
     return y, total
+
+
+_apex = torch.compiler.disable(apex.rms_norm, reason="older versions of apex cannot be traced")
 
 
 @torch.library.custom_op("cuda_ext::rms_norm", mutates_args=())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from framework.core.config import Choice, require
+from framework.parallel.config import ParallelConfig
 
 
 class Precision(Choice):
@@ -34,6 +35,74 @@ class EngineConfig:
         require(
             not (self.strict and (self.compile or self.precision is Precision.BF16)),
             "engine.strict=true needs engine.compile=false and engine.precision=fp32: see law On-policy",
+        )
+
+
+class AttentionFrom(Choice):
+    """Whose attention runs."""
+
+    AUTO = "auto"  # flash-attn where it is installed and takes the call, else torch's
+    TORCH = "torch"  # scaled_dot_product_attention, and for packed rows varlen_attn
+    FLASH = "flash"  # flash-attn 2, 3 or 4: the one that fits the card
+    REFERENCE = "reference"  # matmul, softmax, matmul
+
+
+class OpFrom(Choice):
+    """Whose norm, or whose update, runs."""
+
+    AUTO = "auto"  # the kernel of cuda_ext where one is built and fits, else torch's
+    KERNEL = "kernel"
+    TORCH = "torch"  # the definition, in torch's own operations
+    APEX = "apex"  # NVIDIA apex
+
+
+@dataclass(frozen=True)
+class OpsConfig:
+    """Whose operators a model computes with. What is named must be here; one call that it cannot take runs otherwise,
+    and the log says so."""
+
+    attention: AttentionFrom = AttentionFrom.AUTO
+    norm: OpFrom = OpFrom.AUTO  # RMSNorm and LayerNorm
+
+
+@dataclass(frozen=True)
+class TrainingOpsConfig(OpsConfig):
+    """And whose update."""
+
+    optimizer: OpFrom = OpFrom.AUTO  # AdamW
+
+    def require_fit(self, engine: EngineConfig, parallel: ParallelConfig, strict: bool = False) -> None:
+        """Refuse what an engine's numbers, its layout or strict mode (also a rollout's) cannot have."""
+        flash, fused = self.attention is AttentionFrom.FLASH, (OpFrom.KERNEL, OpFrom.APEX)
+        require(
+            not flash or engine.precision is Precision.BF16,
+            f"ops.attention=flash takes bf16, not engine.precision={engine.precision}; choose engine.precision=bf16, "
+            "or ops.attention=torch",
+        )
+        strict, named = strict or engine.strict, "strict mode (engine.strict, rollout.strict)"
+        require(
+            not strict or self.attention in (AttentionFrom.AUTO, AttentionFrom.REFERENCE),
+            f"ops.attention={self.attention} does not go with {named}, which has the reference's; leave it out",
+        )
+        require(
+            not strict or self.norm is not OpFrom.APEX,
+            f"ops.norm=apex does not go with {named}: its bits are not known to depend on the row alone; choose kernel "
+            "or torch",
+        )
+        require(
+            not flash or parallel.context == 1,
+            f"ops.attention=flash does not go with parallel.context={parallel.context}, whose ranks attend by a core "
+            "of their own; leave it out",
+        )
+        for name in ("norm", "optimizer"):
+            require(
+                engine.precision is not Precision.FP64 or getattr(self, name) not in fused,
+                f"ops.{name}={getattr(self, name)} does not go with engine.precision=fp64; choose torch",
+            )
+        require(
+            not parallel.offload or self.optimizer not in fused,
+            f"ops.optimizer={self.optimizer} runs on GPUs, parallel={parallel.name} updates in CPU memory; choose "
+            "torch",
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from cuda_ext.attention.documents import Documents
 from cuda_ext.attention.op import attention
 from framework.models.config import Bias, ModelConfig
 from framework.models.kv_cache import CacheView
@@ -40,9 +41,19 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.strict, self.cap = strict, cap
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """q[B,T,N,H], k and v[B,S,K,H], mask[B|1,1|N,T,S] -> [B,T,N,H]."""
-        return attention(q, k, v, mask=mask, causal=causal, cap=self.cap, strict=self.strict)
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """q[B,T,N,H], k and v[B,S,K,H], mask[B|1,1|N,T,S] or documents in its place -> [B,T,N,H]."""
+        return attention(
+            q, k, v, mask=mask, documents=documents, causal=causal, cap=self.cap, strict=self.strict
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -80,7 +91,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.extend(self.index, k, v, context.keys)
         view = context.near if self.windowed else context.whole
-        return self.o(self.core(q, k, v, view.mask, view.causal).flatten(2))
+        told = [] if view.documents is None else [view.documents]  # a plan's core knows of none
+        return self.o(self.core(q, k, v, view.mask, view.causal, *told).flatten(2))
 
     def _queries(self, q: Tensor) -> Tensor:
         """By heads: [B,T,N*H] -> [B,T,N,H]."""

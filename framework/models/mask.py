@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cuda_ext.attention.documents import Documents
+
 
 @dataclass(frozen=True)
 class View:
@@ -16,6 +18,7 @@ class View:
 
     mask: Tensor | None  # [B|1,1,T,S] bool, True = sees; or numbers to add [B|1,N,T,S]; or what a plan's core wants
     causal: bool  # with mask None: keys up to the query's own place; else all
+    documents: Documents | None = None  # in place of a mask: what a library for packed rows wants to know
 
 
 class DocumentMask(nn.Module):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cuda_ext.attention.documents import find_documents, whole_rows
+from cuda_ext.attention.op import takes_documents
 from framework.core.config import require
 from framework.core.errors import UsageError
 from framework.core.records import document_lengths
@@ -227,6 +229,8 @@ class Transformer(nn.Module):
         places, keys = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0), positions.shape[1]
         # where the keys stand in their documents: in a row of its own, padding may be said to stand anywhere
         standing = places if document_ids is None else positions
+        if cache is None and prefix_lengths is None and (views := self._unmasked(hidden, document_ids, keys)):
+            return Context(positions, tables, *views, cache=None, keys=keys)
         mask = None if document_ids is None else (within if self._encodes else self.mask)(document_ids)
         if cache is not None:
             places = positions = positions.expand(hidden.shape[0], -1)
@@ -242,6 +246,22 @@ class Transformer(nn.Module):
         window = self.config.window
         close = self._view(mask, places, keys, window, hidden.dtype) if window else whole
         return Context(positions, tables, whole, close, cache, keys)
+
+    def _unmasked(self, hidden: Tensor, document_ids: Tensor | None, length: int) -> tuple[View, View] | None:
+        """What layers without and with a window see, in documents; None where that takes a mask, or nothing at all."""
+        window = self.config.window if self.config.window < length else 0
+        kinds = self.config.head_size, self.config.score_cap
+        if self.strict or not takes_documents(hidden.device, hidden.dtype, *kinds):
+            return None
+        biased = self.alibi is not None or self.relative is not None
+        if biased or not isinstance(self.mask, DocumentMask) or (document_ids is None and not window):
+            return None
+        alone = document_ids is None
+        rows = whole_rows(len(hidden), length, hidden.device) if document_ids is None else find_documents(document_ids)
+        if rows is None:
+            return None
+        whole = View(None, not self._encodes, None if alone else rows)
+        return whole, View(None, whole.causal, replace(rows, window=window)) if window else whole
 
     def _tables(
         self,

@@ -22,6 +22,12 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+_KEPT_BY_NAME = {  # known once the library that has them is imported
+    "torch_attn._varlen_attn.default",
+    "flash_attn._flash_attn_forward.default",
+    "flash_attn._flash_attn_varlen_forward.default",
+    "flash_attn_3._flash_attn_forward.default",
+}
 
 
 def recompute(block: nn.Module, how: Recompute) -> None:
@@ -36,4 +42,5 @@ def recompute(block: nn.Module, how: Recompute) -> None:
 
 
 def _kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in _KEPT or str(op) in _KEPT_BY_NAME
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

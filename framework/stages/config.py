@@ -12,7 +12,14 @@ from framework.cluster.config import ClusterConfig, ClusterKind, RanksConfig
 from framework.core.config import Choice, require
 from framework.core.places import local
 from framework.data.config import BatchConfig, ClassifyConfig, DataConfig, LanguageConfig, MixConfig
-from framework.engine.config import EngineConfig, Precision, TrainConfig
+from framework.engine.config import (
+    AttentionFrom,
+    EngineConfig,
+    OpsConfig,
+    Precision,
+    TrainConfig,
+    TrainingOpsConfig,
+)
 from framework.evaluation.config import EvaluationConfig
 from framework.generation.config import GenerationConfig, SamplingConfig
 from framework.models.config import Base, LoraConfig, ModelConfig
@@ -33,6 +40,7 @@ NOT_IN_HASH = (
     "extensions",  # their names; their content counts
     "data.cache",
     "threads",
+    "ops",
     "train.steps",
     "train.epochs",
     "train.profile",
@@ -120,6 +128,7 @@ class TrainingRun(RunConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ops: TrainingOpsConfig = field(default_factory=TrainingOpsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: RanksConfig = field(default_factory=RanksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -132,6 +141,7 @@ class TrainingRun(RunConfig):
         require(bool(self.data.train), "data.train is empty; name files or folders: data.train=[a.jsonl]")
         self.batch.micro(1)
         _refuse_compiled(self.engine, self.parallel)
+        self.ops.require_fit(self.engine, self.parallel)
         require(
             not (self.lora.rank and (self.train.freeze or self.train.last_layers)),
             "train.freeze and train.last_layers do not go with lora.rank: beside an adapter the model stands still but "
@@ -255,6 +265,7 @@ class PpoRun(RunConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)  # of actor and critic
     optim: OptimConfig = field(default_factory=OptimConfig)  # of actor and critic; ppo.critic_lr is the critic's own
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ops: TrainingOpsConfig = field(default_factory=TrainingOpsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -302,6 +313,7 @@ class PpoRun(RunConfig):
             f"rollout.strict=true needs whole rows and matrices, parallel={self.parallel.name} cuts them; choose "
             "rollout.strict=false, or parallel=ddp or fsdp",
         )
+        self.ops.require_fit(self.engine, self.parallel, self.rollout.strict)
 
     @property
     def names(self) -> list[tuple[str, str, str]]:
@@ -323,10 +335,15 @@ class EvaluateRun(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.init_from), "evaluate needs a model: init_from=FOLDER")
+        require(
+            self.ops.attention is not AttentionFrom.FLASH,
+            "ops.attention=flash does not go with evaluate, which reads from caches; leave it out",
+        )
         require(bool(self.evaluation.tasks), "evaluation.tasks is empty; name tasks: evaluation.tasks=[verse_form]")
 
     @property

@@ -25,7 +25,6 @@ _PACKAGES = {
     "hydra-submitit-launcher": 'hydra/launcher=submitit_slurm; pip install "framework[submitit]"',
     "deepspeed": 'parallel=zero1, zero2, zero3, zero3_offload; pip install "framework[deepspeed]"',
     "vllm": "faster rollouts on GPUs; the native generator works without",
-    "flash-attn": "faster attention on GPUs; torch's own is used without",
 }
 
 
@@ -74,6 +73,7 @@ def _show_installation() -> int:
     """Print one line a component."""
     lines = [("ok", "python", platform.python_version()), *_torch_lines(), _compiler_line("nvcc"), _compiler_line("cc")]
     lines += [_package_line(name, use) for name, use in _PACKAGES.items()]
+    lines += _operator_lines()
     for state, name, text in lines:
         print(f"{state:<8}{name:<22}{text}")
     print()
@@ -111,6 +111,21 @@ def _torch_lines() -> list[tuple[str, str, str]]:
 def _compiler_line(name: str) -> tuple[str, str, str]:
     path = shutil.which(name)
     return ("ok", name, path) if path else ("absent", name, "no compiled ops; the reference implementations run")
+
+
+def _operator_lines() -> list[tuple[str, str, str]]:
+    """Libraries whose operators `ops` can ask for."""
+    from cuda_ext import apex
+    from cuda_ext.attention import flash
+
+    attention, norm, optimizer = flash.explain(), apex.why_not("norm"), apex.why_not("optimizer")
+    found = "ops.norm=apex and ops.optimizer=apex can be had on a GPU"
+    return [
+        ("absent", "flash-attn", "faster attention on GPUs; torch's own is used without")
+        if attention == flash.ABSENT
+        else ("ok", "flash-attn", attention),
+        ("absent", "NVIDIA apex", norm or optimizer) if norm or optimizer else ("ok", "NVIDIA apex", found),
+    ]
 
 
 def _package_line(name: str, use: str) -> tuple[str, str, str]:

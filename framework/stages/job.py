@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from cuda_ext.dispatch import preferring
 from framework.cluster.config import RanksConfig
 from framework.core.config import find_file
 from framework.core.deadline import ending, unwatch
@@ -22,6 +23,7 @@ from framework.data.config import DataConfig
 from framework.data.sources import described, open_sources
 from framework.stages.config import NOT_IN_HASH, PpoRun, RunConfig, TrainingRun
 from framework.stages.extensions import load_extensions
+from framework.stages.ops import wanted_ops
 from framework.stages.plan import plain
 from framework.tasks.task import get as get_task
 from framework.tracking.folder import RunFolder
@@ -127,7 +129,7 @@ def open_job(
     remote = _open_remote(config, place) if is_url(config.run.dir) else None
     folder = RunFolder.open(config.folder, whole, digests, ignored, is_main=place.is_main, remote=remote)
     try:
-        with stop_request() as stop, ending(folder.fail):
+        with stop_request() as stop, ending(folder.fail), preferring(**wanted_ops(config)):
             heed(stop, "before it began")
             yield Job(config, folder, place, stop, {"extensions": extensions})
     except BaseException as error:

@@ -13,10 +13,12 @@ from framework.core.runtime import check_devices, in_world, num_gpus, places, st
 from framework.parallel.words import layout_in_words, node_in_words
 from framework.stages.config import RunConfig, TrainingRun
 from framework.stages.job import Run
+from framework.stages.ops import check_ops
 
 
 def launch(config: RunConfig) -> Run:
     """Run a stage, here or on the ranks that its recipe asks for."""
+    check_ops(config)
     if not isinstance(config, TrainingRun):
         return run(config)
     if in_world():

@@ -10,6 +10,7 @@ from rich.table import Table
 from framework.stages.config import PipelineRun, RunConfig
 from framework.stages.job import Run, open_job
 from framework.stages.launch import launch
+from framework.stages.ops import check_ops
 from framework.stages.plan import plain
 from framework.tracking.console import console
 from framework.tracking.report import write_report
@@ -18,6 +19,8 @@ from framework.tracking.status import duration
 
 def run(config: PipelineRun, members: Sequence[RunConfig]) -> Run:
     """Run the members in order; a finished one (equal recipe, equal parents) is only looked at."""
+    for member in members:
+        check_ops(member)
     # Its stages are tracked, as runs of one group; it has no curve, and a tracker may know one run a process only.
     config = replace(config, tracking=replace(config.tracking, kind="none"))
     screen = console()

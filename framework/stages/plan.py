@@ -16,6 +16,7 @@ from framework.models.config import ModelConfig
 from framework.planning.memory import Batch, Numbers, fullest
 from framework.planning.parameters import num_parameters
 from framework.stages.config import ClassifyRun, PpoRun, PreferenceRun, RewardModelRun, RunConfig, SftRun, TrainingRun
+from framework.stages.ops import ops_lines
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
 
@@ -27,7 +28,7 @@ def explain(words: list[str], compose: Compose) -> int:
     for config in compose(words[0], words[1:]):
         print(f"# {config.stage}: {config.run.dir}")
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
-        for line in [*_batch_lines(config), *_memory_lines(config)]:
+        for line in [*_batch_lines(config), *_memory_lines(config), *ops_lines(config)]:
             print(f"# {line}")
         print()
     return 0

@@ -27,8 +27,9 @@ from framework.models.hub import read_folder
 from framework.models.lora import lora_shapes, still
 from framework.parallel.words import layout_in_words, node_in_words
 from framework.stages.config import PpoRun
-from framework.stages.extensions import absolute, load_same
+from framework.stages.extensions import absolute
 from framework.stages.job import Job, located
+from framework.stages.ops import settle_worker, wanted_ops
 from framework.tracking.divergence import Trace
 from framework.workers.actor import Actor
 from framework.workers.config import MODEL, EngineSpec
@@ -132,7 +133,9 @@ def open_roles(job: Job, config: PpoRun, tokenizer: Tokenizer, canary: RowSource
         logs=job.folder.path / "logs",
         device=config.device,
         deterministic=config.deterministic,
-        prepare=partial(load_same, absolute(config.extensions), job.facts["extensions"]),
+        prepare=partial(
+            settle_worker, absolute(config.extensions), job.facts["extensions"], wanted_ops(config), config.device
+        ),
     ) as cluster:
         _show_map(job, config, cluster)
         frozen = replace(actor, optim=None, lora=None)

@@ -23,7 +23,7 @@ Curve = dict[int, float | None]  # step -> value; None where it was not finite
 Differences = dict[str, tuple[Any, Any]]
 
 # What decides in which order numbers are added up. With another one equal runs drift apart by rounding.
-LAYOUT = ("parallel", "cluster", "batch.micro_size", "device", "threads", "deterministic", "world")
+LAYOUT = ("parallel", "cluster", "batch.micro_size", "device", "threads", "deterministic", "ops", "world")
 
 
 @dataclass(frozen=True)

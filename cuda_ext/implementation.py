@@ -1,0 +1,15 @@
+"""What can be said of an operator: which implementation runs, and why."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: `announce` looks at each call
+class Implementation:
+    """What runs for an operator. Example: Implementation("reference", "no kernel is built for it")."""
+
+    name: str
+    reason: str
+    kernel: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"

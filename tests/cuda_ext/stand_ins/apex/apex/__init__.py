@@ -1,0 +1,1 @@
+"""NVIDIA apex: a stand-in with its signatures, computed in plain torch."""

@@ -1,0 +1,1 @@
+"""By this folder NVIDIA's is known."""
