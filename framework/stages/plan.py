@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cuda_ext import library
+from cuda_ext import dispatch, library
 from framework.core.errors import UsageError
 from framework.core.places import local
 from framework.engine.config import Precision
@@ -16,7 +16,7 @@ from framework.models.config import ModelConfig
 from framework.planning.memory import Batch, Numbers, fullest
 from framework.planning.parameters import num_parameters
 from framework.stages.config import ClassifyRun, PpoRun, PreferenceRun, RewardModelRun, RunConfig, SftRun, TrainingRun
-from framework.stages.ops import ops_lines
+from framework.stages.ops import ops_lines, wanted_ops
 
 Compose = Callable[[str, Sequence[str]], tuple[RunConfig, ...]]
 
@@ -98,7 +98,7 @@ def _memory_lines(config: RunConfig) -> list[str]:
     ranks = _ranks(config)
     try:
         check(model, config.parallel, config.engine, ranks, config.lora)
-        memory = fullest(model, _load(config, ranks), config.parallel, ranks, _numbers(config))
+        memory = fullest(model, _load(config, ranks, model), config.parallel, ranks, _numbers(config))
         learning, everything = num_learning(config, model)
         memory = memory.learning(learning / everything)
     except UsageError as error:  # a layout that needs other ranks, another model or batch
@@ -129,6 +129,19 @@ def _numbers(config: TrainingRun) -> Numbers:
     return replace(_NUMBERS[config.engine.precision], kernel=not plain and not library.why_not(0))
 
 
+def _without_mask(config: TrainingRun, model: ModelConfig) -> bool:
+    """Whether attention on this machine's own card keeps packed documents apart by itself."""
+    import torch
+
+    from cuda_ext.attention.op import takes_documents
+
+    half = config.engine.precision is Precision.BF16 and not config.engine.strict
+    if config.device == "cpu" or not half or not torch.accelerator.is_available():
+        return False
+    with dispatch.preferring(**wanted_ops(config)):
+        return takes_documents(torch.device("cuda", 0), torch.bfloat16, model.head_size, model.score_cap)
+
+
 def _model(config: TrainingRun) -> ModelConfig | None:
     """The architecture that the run will have; None where it is not yet known."""
     if config.init_from:
@@ -144,7 +157,7 @@ def _model(config: TrainingRun) -> ModelConfig | None:
     return replace(config.model, vocab_size=_vocabulary_size(vocabulary))
 
 
-def _load(config: TrainingRun, ranks: int) -> Batch:
+def _load(config: TrainingRun, ranks: int, model: ModelConfig) -> Batch:
     """One data rank's part of a step, every row full."""
     data_ranks = config.parallel.data_size(ranks)
     rows = config.batch.micro(data_ranks)
@@ -152,7 +165,7 @@ def _load(config: TrainingRun, ranks: int) -> Batch:
     pairs, classes = isinstance(config, RewardModelRun | PreferenceRun), int(isinstance(config, RewardModelRun))
     if isinstance(config, ClassifyRun):  # how many the data will say; next to the model they are nothing
         classes = len(config.classify.labels) or 1
-    packed = not (pairs or classes)
+    packed = not (pairs or classes) and not _without_mask(config, model)
     return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=classes, packed=packed)
 
 

@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 
 from cuda_ext import library
+from cuda_ext.attention.op import takes_documents
 from framework.core import runtime
 from framework.core.records import TokenBatch
 from framework.engine.build import build_engine
@@ -43,9 +44,12 @@ class Task:
 
     def planned(self, micro_size: int) -> RankMemory:
         """What the planner says of so many rows at once."""
-        batch = Batch(micro_size, self.length, self.rows // micro_size)
+        model = llama(self.name)
+        card = torch.device("cuda", 0) if torch.accelerator.is_available() else torch.device("cpu")
+        masked = not takes_documents(card, torch.bfloat16, model.head_size, model.score_cap)
+        batch = Batch(micro_size, self.length, self.rows // micro_size, packed=masked)
         bf16 = Numbers(master=4, compute=2, kernel=not library.why_not(0))
-        return fullest(llama(self.name), batch, ParallelConfig(), 1, bf16)
+        return fullest(model, batch, ParallelConfig(), 1, bf16)
 
 
 TASKS = (Task("124m", 64, 2048, 45.0), Task("350m", 64, 2048, 50.0), Task("1b", 64, 2048, 53.0))
