@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -226,13 +228,31 @@ def test_a_ring_that_is_read_too_early_or_filled_too_early_gives_other_numbers(t
     assert "True" not in told[1::3] + told[2::3]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("op", kernels())
-def test_no_kernel_leaves_its_bounds_in_any_of_its_tests(op: str) -> None:
-    """All that begins with test_emulated_, again, with AddressSanitizer in every tensor, and it and the sanitizer of
-    undefined behaviour in the kernels."""
-    env = os.environ | {"CUDA_EXT_EMULATOR": "address"} | sanitizer()
+Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]
+
+
+@pytest.fixture(scope="module")
+def sanitized_tests(request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """Of every op that is asked for, its tests under sanitizers; two at a time."""
+    build(ADDRESS)
+    asked = (
+        getattr(item, "callspec", None) for item in request.session.items if "sanitized_tests" in item.fixturenames
+    )
+    with ThreadPoolExecutor(2) as pool:
+        yield {call.params["op"]: pool.submit(_sanitized_tests, call.params["op"]) for call in asked if call}
+
+
+def _sanitized_tests(op: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"CUDA_EXT_EMULATOR": "address", "OMP_NUM_THREADS": "1"} | sanitizer()
     words = ["-q", "-k", "test_emulated and not compiled", *map(str, Path(__file__).parent.glob(f"test_{op}*.py"))]
     command = [sys.executable, "-m", "pytest", *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("op", kernels())
+def test_no_kernel_leaves_its_bounds_in_any_of_its_tests(op: str, sanitized_tests: Runs) -> None:
+    """All that begins with test_emulated_, again, with AddressSanitizer in every tensor, and it and the sanitizer of
+    undefined behaviour in the kernels."""
+    done = sanitized_tests[op].result()
     assert done.returncode == 0, done.stdout + done.stderr
