@@ -98,14 +98,13 @@ def adamw(
     if not held:
         return
     lists = [[tensors[i] for i in held] for tensors in (grads, params, exp_avgs, exp_avg_sqs)]
-    lists[0] = [grad.float().contiguous() for grad in lists[0]]  # all four are read as of one dtype
-    first = lists[1][0]
-    settings = (beta1, beta2, eps)
-    if unscale == 1 and clip is None and non_finite is None:
+    first, settings, plain = lists[1][0], (beta1, beta2, eps), unscale == 1 and clip is None and non_finite is None
+    dense = torch.contiguous_format  # all four are read as of one dtype, in order
+    lists[0] = [grad.to(torch.float32, copy=not plain, memory_format=dense) for grad in lists[0]]
+    if plain:
         noop = torch.zeros(1, dtype=torch.int32, device=first.device)
         amp_C.multi_tensor_adam(CHUNK, noop, lists, lr, *settings, step, _ADAM_W, _CORRECTED, weight_decay)
     else:
-        lists[0] = [grad.clone() for grad in lists[0]]
         one = torch.ones(1, device=first.device)
         skipped = (one * 0 if non_finite is None else (non_finite.reshape(1) != 0)).int()
         factor = one * unscale if clip is None else clip.float().reshape(1) * unscale

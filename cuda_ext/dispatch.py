@@ -91,7 +91,7 @@ def choose(op: str, *tensors: "Tensor") -> Implementation:
 def explain() -> str:
     """One line an operator: what runs here, and why."""
     ops = sorted(path.parent.name for path in library.ROOT.glob("*/op.py"))
-    return "\n".join(f"{op}: {_explained(op)}" for op in ops)
+    return "\n".join(f"{op}: {explained(op)}" for op in ops)
 
 
 def why_not(kind: str, choice: str, card: flash.Card | None) -> str:
@@ -160,8 +160,8 @@ def _on_card(index: int) -> Implementation:
 _on_card._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result, before torch is here
 
 
-def _explained(op: str) -> Implementation:
-    """For `explain`, which has no tensors."""
+def explained(op: str) -> Implementation:
+    """What runs `op` where its tensors do not stand in the way: on card 0."""
     if op == "attention":
         return Implementation(SDPA.name, f"{SDPA.reason}; ops.attention={preferred(op)}; {flash.explain()}")
     if op not in library.kernels():

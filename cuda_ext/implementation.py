@@ -11,5 +11,10 @@ class Implementation:
     reason: str
     kernel: bool = False
 
+    @property
+    def fused(self) -> bool:
+        """Whether one kernel does it all, whosever."""
+        return self.name != "reference"
+
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"

@@ -6,6 +6,7 @@ before is looked up in all earlier tables of the card, the newest first. Left ou
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -56,8 +57,7 @@ class Table:
         self._before: dict[Key, float] = {}
         self._lines: dict[Key, Line] = {}
         for path in sorted(folder.glob(f"[0-9]*-[0-9]*-[0-9]*-{name}.json")):
-            lines = (Line(**content) for content in json.loads(path.read_text())["lines"])
-            self._lines = {line.key: line for line in lines}
+            self._lines = {line.key: line for line in _read(path)}
             self._before |= {key: line.value for key, line in self._lines.items()}
             if path != self._path:
                 self._lines = {}
@@ -74,8 +74,8 @@ class Table:
         print(self._shown(line), flush=True)
         self._lines[line.key] = line
         content = self._head | {"lines": [asdict(line) for line in self._lines.values()]}
-        self._path.write_text(json.dumps(content, indent=1) + "\n")
-        self.path.write_text("\n".join(self._markdown()) + "\n")
+        _write(self._path, json.dumps(content, indent=1))
+        _write(self.path, "\n".join(self._markdown()))
 
     def _shown(self, line: Line) -> str:
         slowdown = line.slowdown(self._before[line.key]) if line.key in self._before else 0.0
@@ -94,6 +94,20 @@ class Table:
             text += ["", f"| what | size | side | {' | '.join(columns)} |", f"|{'---|' * (3 + len(columns))}"]
             text += map(_row, group)
         return text
+
+
+def _read(path: Path) -> list[Line]:
+    try:
+        return [Line(**content) for content in json.loads(path.read_text())["lines"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of a card ({error}); move it away, or mend it") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it, or what stood there before."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text + "\n")
+    os.replace(beside, path)
 
 
 def _row(line: Line) -> str:

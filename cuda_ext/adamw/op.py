@@ -44,16 +44,15 @@ def adamw(
         "unscale": unscale, "clip": clip, "non_finite": non_finite,
     }  # fmt: skip
     chosen = dispatch.choose("adamw", *params, *grads)
-    by_apex = chosen is apex.RUNS["optimizer"]
-    fits = (chosen.kernel or by_apex) and _fits(params, grads, [*exp_avgs, *exp_avg_sqs], copies or [])
-    if fits and by_apex:
+    fits = chosen.fused and _fits(params, grads, [*exp_avgs, *exp_avg_sqs], copies or [])
+    if fits and chosen is apex.RUNS["optimizer"]:
         apex.adamw(params, grads, exp_avgs, exp_avg_sqs, **settings, copies=copies)
         return
     if fits:
         factors = [*Factors.of(step, lr, beta1, beta2, eps, weight_decay), unscale]
         fused(params, grads, exp_avgs, exp_avg_sqs, copies or [], factors, clip, non_finite)
         return
-    if chosen.kernel or by_apex:
+    if chosen.fused:
         dispatch.announce("adamw", _FORM)
     for piece in _pieces(params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else [])):
         reference.adamw(*piece[:4], **settings, copies=piece[4] if copies else None)

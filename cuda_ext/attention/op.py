@@ -152,9 +152,10 @@ def by_varlen(
     window = (documents.window - 1, 0 if causal else -1)
     packed = (x.flatten(0, 1) for x in (q, k, v))
     grouped = q.shape[2] != k.shape[2]
-    y = varlen_attn(*packed, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)
-    y = y.unflatten(0, q.shape[:2])
-    return y
+    y: Tensor = varlen_attn(
+        *packed, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
+    )
+    return y.unflatten(0, q.shape[:2])
 
 
 def _sdpa(q: Tensor, mask: Tensor | None, cap: float) -> Implementation:

@@ -3,8 +3,9 @@
 //
 // A block goes through a row from its end, a tile at a time, N positions a thread, thread 0 at the end. First everyone
 // learns the value of the next position that counts; then a stretch of positions is a line A -> a A + b, and lines
-// compose in any grouping: a scan over lanes, then one over warps. Two barriers a tile. A sequence's end is the line
-// A -> 0, and the value behind it is 0. Where nothing counts, nothing is used of what stands there. How a row is summed depends on its length alone.
+// compose in any grouping: a scan over lanes, then one over warps. Two barriers a tile. Behind a sequence's end value and
+// advantage are 0, and no line goes on over it (0 times infinity would). Where nothing counts, nothing is used of what
+// stands there. How a row is summed depends on its length alone.
 // sass gae_rows<4>: LDG.E.128 STG.E.128 SHFL.UP
 #include "device/device.cuh"
 
@@ -18,6 +19,7 @@ __global__ void __launch_bounds__(kMostThreads)
   SHARED(float, value_of, kWarp);
   SHARED(float, a_of, kWarp);
   SHARED(float, b_of, kWarp);
+  SHARED(bool, cut_of, kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t row = blockIdx.x, start = row * length;
   float next_value = bootstrap ? bootstrap[row] : 0.0f, next_advantage = 0.0f;  // behind the tile
@@ -49,29 +51,35 @@ __global__ void __launch_bounds__(kMostThreads)
       if (any_of[other]) next_value = value_of[other];
     }
 
+    bool cut = false;  // its line begins behind an end
     float a = 1.0f, b = 0.0f, delta[N];
     for (int n = N - 1; n >= 0; n--) {
       delta[n] = 0.0f;
-      if (end.at[n]) known = a = b = 0.0f;
+      if (end.at[n]) cut = true, known = b = 0.0f;
       if (!counts.at[n]) continue;
       delta[n] = reward.at[n] + gamma * known - value.at[n];
       known = value.at[n];
       b = delta[n] + decay * b;
       a *= decay;
     }
+    const unsigned cuts = __ballot_sync(~0u, cut);
     for (int distance = 1; distance < kWarp; distance *= 2) {
       const float a_behind = __shfl_up_sync(~0u, a, distance), b_behind = __shfl_up_sync(~0u, b, distance);
-      if (lane < distance) continue;
+      const unsigned mine = ((1u << distance) - 1) << (lane - distance + 1);  // lanes that a line spans so far
+      if (lane < distance || (cuts & mine)) continue;
       b += a * b_behind;
       a *= a_behind;
     }
-    if (lane == kWarp - 1) a_of[warp] = a, b_of[warp] = b;
+    if (lane == kWarp - 1) a_of[warp] = a, b_of[warp] = b, cut_of[warp] = cuts;
     const float a_behind = __shfl_up_sync(~0u, a, 1), b_behind = __shfl_up_sync(~0u, b, 1);
     __syncthreads();
     float advantage = 0.0f;
     for (int other = 0; other < warps; other++) {
-      if (other == warp) advantage = lane ? a_behind * next_advantage + b_behind : next_advantage;
-      next_advantage = a_of[other] * next_advantage + b_of[other];
+      if (other == warp) {
+        advantage = lane ? b_behind : next_advantage;
+        if (lane && !(cuts & ((1u << lane) - 1))) advantage += a_behind * next_advantage;
+      }
+      next_advantage = cut_of[other] ? b_of[other] : a_of[other] * next_advantage + b_of[other];
     }
 
     if (place < 0) continue;

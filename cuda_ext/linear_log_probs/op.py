@@ -67,13 +67,15 @@ def shard_log_probs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     soft_cap: float = 0.0,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log_probs, entropy), both [M], of a vocabulary of which weight[v,D] and bias[v] are a shard; targets[M] count
     from its first row. The kernel's alone (`uses_kernel`); `gather` brings together four numbers a row. Gradients of
-    weight and bias are this shard's; hidden's is the summand that this shard gives."""
+    weight and bias are this shard's; hidden's is the summand that this shard gives. `chunk`: rows, `rows_of` the
+    shard where not given."""
     hidden, weight = of_one_dtype(hidden, weight)
     bias = None if bias is None else bias.float()
-    words = temperature, soft_cap, len(weight), rows_of(len(weight))
+    words = temperature, soft_cap, len(weight), chunk or rows_of(len(weight))
     log_probs, entropy = _OfShard.apply(hidden, weight, bias, targets, gather, words)
     return log_probs, entropy
 

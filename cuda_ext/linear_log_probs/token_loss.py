@@ -39,7 +39,7 @@ def linear_token_loss(
 
     `token_loss` sees some rows at a time; what it gives is added up, metrics as well. The gradients of hidden, weight
     and bias are made in the forward pass, if any of them wants one. With `gather`, weight and bias are a shard of the
-    vocabulary (see `shard_log_probs`), and every shard must be called alike.
+    vocabulary (see `shard_log_probs`), and every shard must be called alike, with one `chunk`: each is one gathering.
     """
     kernel = uses_kernel(hidden, weight)
     if gather is not None and not kernel:
@@ -87,27 +87,27 @@ class _Call:
         total = Gradients(hidden, weight, bias, needs[0], needs[1])
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         if not len(hidden):
-            loss = loss + self._loss(slice(0, 0), loss.new_zeros(0), loss.new_zeros(0))[0]
+            loss = loss + self._loss(slice(0, 0), loss.new_zeros(0), loss.new_zeros(0), False)[0]
         for rows, padded, logits in chunks(hidden, weight, self.chunk):
             at_target = self._target_logits(hidden[rows], weight, bias, rows)
             log_probs, entropy, *kept = self._scores(logits, bias, rows, at_target)
-            part, of_scores = self._loss(rows, log_probs, entropy)
+            part, of_scores = self._loss(rows, log_probs, entropy, any(needs))
             loss = loss + part
             if any(needs):
                 self._to_gradient(logits, bias, rows, at_target, (*kept, entropy), of_scores)
                 total.add(rows, padded, logits)
         return loss, total.result()
 
-    def _loss(self, rows: slice, log_probs: Tensor, entropy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _loss(self, rows: slice, log_probs: Tensor, entropy: Tensor, learns: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Of some rows: the loss, and its gradients by log_probs, entropy and log sum exp."""
-        leaves = log_probs.requires_grad_(), entropy.requires_grad_()
+        leaves = log_probs.requires_grad_(learns), entropy.requires_grad_(learns)
         own = pytree.tree_map(lambda x: x[rows] if isinstance(x, Tensor) else x, self.rows)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(learns):
             loss, metrics = self.token_loss(leaves[0], leaves[1] if self.with_entropy else None, own)
         for name, (value, weight) in metrics.items():
             before = self.metrics.get(name, (0, 0))
             self.metrics[name] = (before[0] + value.detach(), before[1] + weight.detach())
-        if not loss.requires_grad:  # no label counts
+        if not loss.requires_grad:  # nobody asks, or no label counts
             return loss, (torch.zeros_like(log_probs),) * 3
         found = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
         return loss.detach(), (*found, torch.zeros_like(log_probs))

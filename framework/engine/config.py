@@ -64,6 +64,19 @@ class OpsConfig:
     attention: AttentionFrom = AttentionFrom.AUTO
     norm: OpFrom = OpFrom.AUTO  # RMSNorm and LayerNorm
 
+    def require_strict(self, strict: bool, named: str) -> None:
+        """Where `strict`, which the keys `named` say, refuse what it cannot have."""
+        require(
+            not strict or self.attention in (AttentionFrom.AUTO, AttentionFrom.REFERENCE),
+            f"ops.attention={self.attention} does not go with strict mode ({named}), which has the reference's; leave "
+            "it out",
+        )
+        require(
+            not strict or self.norm is not OpFrom.APEX,
+            f"ops.norm=apex does not go with strict mode ({named}): its bits are not known to depend on the row alone; "
+            "choose kernel or torch",
+        )
+
 
 @dataclass(frozen=True)
 class TrainingOpsConfig(OpsConfig):
@@ -79,16 +92,7 @@ class TrainingOpsConfig(OpsConfig):
             f"ops.attention=flash takes bf16, not engine.precision={engine.precision}; choose engine.precision=bf16, "
             "or ops.attention=torch",
         )
-        strict, named = strict or engine.strict, "strict mode (engine.strict, rollout.strict)"
-        require(
-            not strict or self.attention in (AttentionFrom.AUTO, AttentionFrom.REFERENCE),
-            f"ops.attention={self.attention} does not go with {named}, which has the reference's; leave it out",
-        )
-        require(
-            not strict or self.norm is not OpFrom.APEX,
-            f"ops.norm=apex does not go with {named}: its bits are not known to depend on the row alone; choose kernel "
-            "or torch",
-        )
+        self.require_strict(strict or engine.strict, "engine.strict, rollout.strict")
         require(
             not flash or parallel.context == 1,
             f"ops.attention=flash does not go with parallel.context={parallel.context}, whose ranks attend by a core "

@@ -51,8 +51,8 @@ class Engine(Protocol):
 
         A loss_fn with the attribute `pointwise = True` is a token_loss(log_probs, entropy, rows, counts), a sum over
         labels, each by itself. It runs inside the Scorer's forward, is given those that count alone, all of them [M]
-        (`core.records.labels_of`), and may be called for some of them at a time. One with `needs_entropy = True` gets
-        the entropy too.
+        (`core.records.labels_of`), and may be called for some of them at a time, or for none. One with
+        `needs_entropy = True` gets the entropy too.
         """
 
     def measure(self, rows: Rows, loss_fn: LossFn, counts: Counts | None = None) -> Metrics:

@@ -51,9 +51,8 @@ class AttentionCore(nn.Module):
         documents: Documents | None = None,
     ) -> Tensor:
         """q[B,T,N,H], k and v[B,S,K,H], mask[B|1,1|N,T,S] or documents in its place -> [B,T,N,H]."""
-        return attention(
-            q, k, v, mask=mask, documents=documents, causal=causal, cap=self.cap, strict=self.strict
-        )  # fmt: skip
+        told = {"mask": mask, "documents": documents, "causal": causal}
+        return attention(q, k, v, **told, cap=self.cap, strict=self.strict)  # type: ignore[arg-type]
 
 
 class Attention(nn.Module):

@@ -28,6 +28,11 @@ class Position(Choice):
     RELATIVE = "relative"  # a learned number a head and bucket of distances, added to the scores (Raffel et al. 2020)
     NONE = "none"  # it does not, but for the mask (Haviv et al. 2022)
 
+    @property
+    def adds_to_scores(self) -> bool:
+        """A mask then is numbers, and not bools."""
+        return self in (Position.ALIBI, Position.RELATIVE)
+
 
 class Scaling(Choice):
     """How rotary frequencies are stretched for a context `factor` times longer than the original one.

@@ -253,8 +253,11 @@ class Transformer(nn.Module):
         kinds = self.config.head_size, self.config.score_cap
         if self.strict or not takes_documents(hidden.device, hidden.dtype, *kinds):
             return None
-        biased = self.alibi is not None or self.relative is not None
-        if biased or not isinstance(self.mask, DocumentMask) or (document_ids is None and not window):
+        if (
+            self.config.position.adds_to_scores
+            or not isinstance(self.mask, DocumentMask)
+            or (document_ids is None and not window)
+        ):
             return None
         alone = document_ids is None
         rows = whole_rows(len(hidden), length, hidden.device) if document_ids is None else find_documents(document_ids)

@@ -121,8 +121,8 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, Metrics]:
     """PPO's: a ratio for each token. A registered policy_loss is called as this one is: `entropy` (with gradient) and
     `reference_log_probs`, [B, T] at token positions, are there for terms of one's own. One that is a sum over tokens,
-    each by itself, may say so as this one does (`pointwise`): it is given response tokens alone, all of them [M], and
-    kernels take it chunk by chunk, so that no logits are kept."""
+    each by itself, may say so as this one does (`pointwise`): it is given response tokens alone, all of them [M], M may
+    be 0, and kernels take it chunk by chunk, so that logits are computed once."""
     return policy_loss(log_probs, old_log_probs, advantages, weights, denominator, clip_low, clip_high)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cuda_ext.linear_log_probs.op import shard_log_probs, uses_kernel
+from cuda_ext.linear_log_probs.op import rows_of, shard_log_probs, uses_kernel
 from cuda_ext.linear_log_probs.token_loss import TokenLoss, linear_token_loss
 from framework.core.records import Metrics, whole
 from framework.parallel.collectives import Ranks
@@ -141,6 +141,8 @@ class VocabularyLogProbs(nn.Module):
         super().__init__()
         self.temperature, self.ranks = temperature, ranks
         self.first, self.length = span(vocab_size, ranks)
+        self.longest = -(-vocab_size // ranks.size)  # of any rank's shards: all go in chunks of as many labels
+        self._agreed: dict[torch.dtype, bool] = {}
 
     def forward(
         self,
@@ -155,16 +157,25 @@ class VocabularyLogProbs(nn.Module):
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Metrics]:
         """hidden[M,D], weight[v,D] and bias[v] of this rank, labels[M] -> (log_probs[M], entropy[M] or None), in at
         least fp32. With `token_loss`, its (loss, metrics) of these and `rows`, a record of [M]."""
-        kernel = uses_kernel(hidden, weight)
-        if kernel and token_loss is not None:
-            mine, words = labels - self.first, (bias, self.temperature, None, with_entropy)
-            return linear_token_loss(hidden, weight, mine, token_loss, rows, *words, gather=self._gather)
-        scores: tuple[Tensor, Tensor | None]
-        if kernel:
-            scores = shard_log_probs(hidden, weight, labels - self.first, self._gather, bias, self.temperature)
-        else:
+        if not self._all_use_kernel(hidden, weight):
             scores = self._log_probs(hidden, weight, bias, labels, with_entropy)
-        return scores if token_loss is None else token_loss(*scores, rows)
+            return scores if token_loss is None else token_loss(*scores, rows)
+        mine, chunk = labels - self.first, rows_of(self.longest)
+        if token_loss is not None:
+            words = bias, self.temperature, None, with_entropy
+            return linear_token_loss(hidden, weight, mine, token_loss, rows, *words, chunk=chunk, gather=self._gather)
+        both = shard_log_probs(hidden, weight, mine, self._gather, bias, self.temperature, chunk=chunk)
+        return both if with_entropy else (both[0], None)
+
+    def _all_use_kernel(self, hidden: Tensor, weight: Tensor) -> bool:
+        """On GPUs asked of all ranks once for a dtype: a node may lack the library, and all must do alike."""
+        mine = uses_kernel(hidden, weight)
+        if hidden.device.type == "cpu":  # a matter of this process's environment, which ranks share
+            return mine
+        if hidden.dtype not in self._agreed:
+            told = self.ranks.gather(torch.tensor([int(mine)], device=hidden.device), "whether kernels run")
+            self._agreed[hidden.dtype] = bool(told.all())
+        return self._agreed[hidden.dtype]
 
     def _gather(self, x: Tensor) -> Tensor:
         return self.ranks.gather(x, "what the shards of the vocabulary know of a label")

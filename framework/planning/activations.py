@@ -43,6 +43,7 @@ class Load:
     context: int = 1
     ring: bool = True  # how context ranks attend
     kernel: bool = False  # those of cuda_ext run
+    fused_norms: bool = False
 
     @property
     def places(self) -> int:
@@ -151,7 +152,7 @@ def _mask(load: Load) -> int:
 
 
 def _norm_kept(model: ModelConfig, load: Load) -> int:
-    if load.kernel:
+    if load.fused_norms:
         statistics = 2 if model.norm is Norm.LAYER else 1
         return load.places // load.tensor * (model.hidden_size * load.compute + 4 * statistics)
     if model.norm is Norm.LAYER:

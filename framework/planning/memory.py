@@ -28,6 +28,7 @@ class Numbers:
     master: int = 4
     compute: int = 4
     kernel: bool = False
+    fused_norms: bool = False  # also another library's
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class _Rank:
         self.shard = world_size if parallel.zero else sizes["data_shard"] * (1 if parallel.shard == 1 else context)
         self.fsdp = world_size > self.tensor * self.pipeline
         ranks = self.tensor, context, parallel.context_form is ContextForm.RING
-        self.load = Load(batch.rows, batch.length, numbers.compute, batch.packed, *ranks, numbers.kernel)
+        self.load = Load(
+            batch.rows, batch.length, numbers.compute, batch.packed, *ranks, numbers.kernel, numbers.fused_norms
+        )
         self.spans = _spans(model, self.pipeline, parallel.stages_per_rank, stage)
         roots = [root(model, s.start == 0, s.stop == model.num_layers, batch.classes) for s in self.spans]
         self.roots = [entry for table in roots for entry in table]

@@ -344,6 +344,7 @@ class EvaluateRun(RunConfig):
             self.ops.attention is not AttentionFrom.FLASH,
             "ops.attention=flash does not go with evaluate, which reads from caches; leave it out",
         )
+        self.ops.require_strict(self.generation.strict, "generation.strict")
         require(bool(self.evaluation.tasks), "evaluation.tasks is empty; name tasks: evaluation.tasks=[verse_form]")
 
     @property

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from cuda_ext import dispatch, library
+from cuda_ext import dispatch
 from framework.core.errors import UsageError
 from framework.core.places import local
 from framework.engine.config import Precision
-from framework.models.config import ModelConfig
+from framework.models.config import Architecture, ModelConfig
 from framework.planning.memory import Batch, Numbers, fullest
 from framework.planning.parameters import num_parameters
 from framework.stages.config import ClassifyRun, PpoRun, PreferenceRun, RewardModelRun, RunConfig, SftRun, TrainingRun
@@ -125,18 +125,24 @@ _NUMBERS = {Precision.FP32: Numbers(4, 4), Precision.BF16: Numbers(4, 2), Precis
 
 def _numbers(config: TrainingRun) -> Numbers:
     """Kernels count where they would run on this machine's own card."""
-    plain = config.device == "cpu" or config.engine.strict or config.engine.precision is Precision.FP64
-    return replace(_NUMBERS[config.engine.precision], kernel=not plain and not library.why_not(0))
+    numbers = _NUMBERS[config.engine.precision]
+    if config.device == "cpu" or config.engine.strict or config.engine.precision is Precision.FP64:
+        return numbers
+    with dispatch.preferring(**wanted_ops(config)):
+        kernel, norm = (dispatch.explained(op).fused for op in ("linear_log_probs", "rms_norm"))
+    return replace(numbers, kernel=kernel, fused_norms=norm)
 
 
-def _without_mask(config: TrainingRun, model: ModelConfig) -> bool:
+def _without_mask(config: TrainingRun, model: ModelConfig, ranks: int) -> bool:
     """Whether attention on this machine's own card keeps packed documents apart by itself."""
     import torch
 
     from cuda_ext.attention.op import takes_documents
 
     half = config.engine.precision is Precision.BF16 and not config.engine.strict
-    if config.device == "cpu" or not half or not torch.accelerator.is_available():
+    masked = model.position.adds_to_scores or model.architecture is Architecture.PREFIX
+    masked = masked or config.parallel.sizes(ranks)["context"] > 1  # which has cores of its own
+    if config.device == "cpu" or masked or not half or not torch.accelerator.is_available():
         return False
     with dispatch.preferring(**wanted_ops(config)):
         return takes_documents(torch.device("cuda", 0), torch.bfloat16, model.head_size, model.score_cap)
@@ -165,7 +171,7 @@ def _load(config: TrainingRun, ranks: int, model: ModelConfig) -> Batch:
     pairs, classes = isinstance(config, RewardModelRun | PreferenceRun), int(isinstance(config, RewardModelRun))
     if isinstance(config, ClassifyRun):  # how many the data will say; next to the model they are nothing
         classes = len(config.classify.labels) or 1
-    packed = not (pairs or classes) and not _without_mask(config, model)
+    packed = not (pairs or classes) and not _without_mask(config, model, ranks)
     return Batch(rows * (1 + pairs), config.data.max_tokens, micros, classes=classes, packed=packed)
 
 

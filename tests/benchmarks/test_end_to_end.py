@@ -1,5 +1,6 @@
 """The benchmarks of a card run on a CPU, and both sides do the same work; tiny sizes, and no speed is looked at."""
 
+import ast
 import json
 import math
 import os
@@ -216,6 +217,16 @@ def test_a_missing_package_is_named_and_nothing_has_failed(tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (0, "end to end: skipped, transformers is missing\n"), done.stderr
 
 
+def test_on_a_card_no_test_draws_by_a_generator_of_the_cpu() -> None:
+    """There tensors are made on the card where nothing else is said, and torch refuses a generator of another place."""
+    for path in (ROOT / "tests/cuda_ext").glob("*.py"):
+        if "def test_emulated" not in (text := path.read_text()) and path.name != "emulated.py":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            words = {word.arg for word in node.keywords} if isinstance(node, ast.Call) else set()
+            assert "generator" not in words or "device" in words, f"{path.name}:{node.lineno}"  # type: ignore[attr-defined]
+
+
 def test_the_kernels_part_needs_torch_numpy_and_pytest_alone() -> None:
     foreign = [
         "hydra",
@@ -267,8 +278,17 @@ def test_the_script_runs_its_parts_in_order(tmp_path: Path) -> None:
     assert end_to_end == ":-m tests.benchmarks.end_to_end"
     asked.unlink()
     assert gpu(str(python), "end_to_end").returncode == 0
-    assert asked.read_text().splitlines() == [explain, end_to_end]
+    assert asked.read_text().splitlines() == [build, explain, end_to_end]
     assert "'tset' is no part" in gpu(str(python), "tset").stderr
+
+
+def test_the_script_goes_on_after_a_part_that_failed(tmp_path: Path) -> None:
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$2" >> {asked}\n[ "$2" != pytest ]\n')
+    python.chmod(0o755)
+    done = gpu(str(python))
+    assert (done.returncode, done.stderr) == (1, "launch/gpu: failed: tests\n")
+    assert asked.read_text().split() == ["cuda_ext", "cuda_ext", "pytest", "cuda_ext", "tests.benchmarks.end_to_end"]
 
 
 def gpu(python: str, *parts: str) -> subprocess.CompletedProcess[str]:

@@ -47,6 +47,16 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return drawn.to(DEVICE, dtype)
 
 
+def chance(*shape: int, seed: int = 0) -> Tensor:
+    """Numbers from 0 to 1, each as likely as any other."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
+
+
+def whole_numbers(below: int, count: int, seed: int = 0) -> Tensor:
+    """[count] int64, from 0 on."""
+    return torch.randint(below, (count,), generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
+
+
 def rounded_once(got: Tensor, exact: Tensor, sums: float = 4 * 2.0**-24) -> None:
     """`got` is `exact`, rounded; `sums` is the error before that, relative to the largest number of the tensor."""
     assert got.shape == exact.shape

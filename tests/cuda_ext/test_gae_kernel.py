@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cuda_ext import library
 from cuda_ext.gae import benchmark, op, reference
-from tests.cuda_ext.emulated import draw, emulated, no_worse_than, rounded_once, same_bits, shifted, sparse
+from tests.cuda_ext.emulated import chance, draw, emulated, no_worse_than, rounded_once, same_bits, shifted, sparse
 
 # One position, a pack, a warp and one more, several warps with packs and without, several tiles of a full block.
 SHAPES = [(1, 1), (3, 4), (2, 33), (5, 256), (3, 1001), (2, 2560), (1, 1537)]
@@ -14,7 +14,7 @@ SHAPES = [(1, 1), (3, 4), (2, 33), (5, 256), (3, 1001), (2, 2560), (1, 1537)]
 
 def inputs(rows: int, length: int, counting: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
     """rewards, values, mask; what does not count is NaN."""
-    mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(3)) < counting
+    mask = chance(rows, length, seed=3) < counting
     nan = torch.tensor(torch.nan)
     rewards, values = (torch.where(mask, draw(rows, length, seed=seed), nan) for seed in (1, 2))
     return rewards, values, mask
@@ -66,7 +66,7 @@ def test_emulated_a_row_that_was_cut_off_goes_on_with_its_bootstrap_value() -> N
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_emulated_packed_sequences_know_nothing_of_each_other(shape: tuple[int, int], often: float) -> None:
     rewards, values, mask = inputs(*shape)
-    ends = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < often
+    ends = chance(*shape, seed=5) < often
     last = draw(shape[0], seed=4)
     with emulated(seed=sum(shape)):
         got = op.gae(rewards, values, mask, 0.99, 0.95, last, ends)
@@ -79,7 +79,7 @@ def test_emulated_packed_sequences_know_nothing_of_each_other(shape: tuple[int, 
 
 def test_emulated_bits_depend_on_no_schedule() -> None:
     rewards, values, mask = inputs(5, 1284)
-    ends = torch.rand(5, 1284, generator=torch.Generator().manual_seed(5)) < 0.01
+    ends = chance(5, 1284, seed=5) < 0.01
     same_bits(lambda: op.gae(rewards, values, mask, 0.99, 0.95, None, ends))
 
 
@@ -116,6 +116,21 @@ def test_emulated_nothing_at_all_and_what_is_not_a_number() -> None:
         assert x[0, :61].isnan().all()
         assert (x[0, 61:] == 0).all()
         assert (x[1] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("length", [64, 256, 5000])
+def test_emulated_what_is_not_finite_ends_with_its_sequence(length: int, bad: float) -> None:
+    """Wherever in a thread's stretch, a warp or a tile the end of the sequence before it lies."""
+    rewards, values = torch.zeros(3, length), torch.zeros(3, length)
+    ends, mask = torch.zeros(3, length, dtype=torch.bool), torch.ones(3, length, dtype=torch.bool)
+    for row, end in enumerate((length // 2 - 1, length // 2 + 2, length - 2)):
+        ends[row, end], rewards[row, end + 1] = True, bad
+    with emulated():
+        got = op.gae(rewards, values, mask, 0.9, 0.9, None, ends)
+    for ours, theirs in zip(got, reference.gae(rewards, values, mask, 0.9, 0.9, None, ends), strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+        assert int((~ours.isfinite()).sum()) == 3
 
 
 def test_emulated_beyond_two_to_the_31st() -> None:

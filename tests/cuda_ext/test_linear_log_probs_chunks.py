@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_ext.linear_log_probs import op
-from tests.cuda_ext.emulated import DTYPES, draw, emulated, no_worse_than
+from tests.cuda_ext.emulated import DTYPES, draw, emulated, no_worse_than, whole_numbers
 
 SIMPLE = ("test_schema", "test_faketensor")  # of operators that no gradient goes through
 
@@ -18,7 +18,7 @@ def states(rows: int, size: int, vocabulary: int, dtype: torch.dtype, steps: int
     leaves = [draw(rows, size, seed=1), draw(vocabulary, size, seed=2), draw(vocabulary, seed=3)]
     if steps:
         leaves = [(x * steps).round() / steps for x in leaves]
-    targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(4))
+    targets = whole_numbers(vocabulary, rows, seed=4)
     return [leaves[0].to(dtype), leaves[1].to(dtype), leaves[2], targets]
 
 

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from cuda_ext import library
 from cuda_ext.linear_log_probs import reference
-from tests.cuda_ext.emulated import DTYPES, draw, emulated, no_worse_than, rounded_once, same_bits, sparse
+from tests.cuda_ext.emulated import (
+    DTYPES,
+    draw,
+    emulated,
+    no_worse_than,
+    rounded_once,
+    same_bits,
+    sparse,
+    whole_numbers,
+)
 
 INF, NAN = math.inf, math.nan
 # Vocabularies: less than a warp, no whole packs, a padded width, GPT-2's.
@@ -21,7 +30,7 @@ def table(rows: int, size: int, dtype: torch.dtype, scale: float = 3.0) -> tuple
     """logits[M,V] whose rows begin on 16 bytes, targets[M], and the target's logit as a dot product would give it."""
     logits = torch.zeros(rows, -(-size // 8) * 8, dtype=dtype)[:, :size]
     logits.copy_(scale * draw(rows, size, seed=size))
-    targets = torch.randint(0, size, (rows,), generator=torch.Generator().manual_seed(1))
+    targets = whole_numbers(size, rows, seed=1)
     at_target = logits.gather(1, targets[:, None]).squeeze(1).float() + 0.01 * draw(rows, seed=2)
     return logits, targets, at_target
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cuda_ext.linear_log_probs.op import linear_log_probs
 from cuda_ext.linear_log_probs.token_loss import Metrics, linear_token_loss
-from tests.cuda_ext.emulated import draw, emulated, same_bits
+from tests.cuda_ext.emulated import draw, emulated, same_bits, whole_numbers
 
 TOKENS = 9.0
 
@@ -25,7 +25,7 @@ def clipped(log_probs: Tensor, entropy: Tensor | None, rows: dict[str, Tensor]) 
 
 def inputs(rows: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     leaves = [draw(rows, 12, dtype=dtype, seed=1), draw(33, 12, dtype=dtype, seed=2), draw(33, dtype=dtype, seed=3)]
-    targets = torch.randint(0, 30, (rows,), generator=torch.Generator().manual_seed(1))
+    targets = whole_numbers(30, rows, seed=1)
     log_probs, _ = linear_log_probs(leaves[0], leaves[1], targets, leaves[2], 0.8, 30, soft_cap=6.0)
     wide = log_probs.dtype
     old = log_probs + 0.3 * draw(rows, seed=4).to(wide)

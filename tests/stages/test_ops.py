@@ -18,8 +18,8 @@ from framework.core.errors import UsageError
 from framework.core.records import PromptBatch
 from framework.engine.config import AttentionFrom, OpFrom, TrainingOpsConfig
 from framework.main import compose, main
-from framework.stages import roles
-from framework.stages.config import RunConfig
+from framework.stages import plan, roles
+from framework.stages.config import PretrainRun, RunConfig
 from framework.stages.job import open_job
 from framework.stages.ops import check_ops, settle_worker
 from tests.cuda_ext.standing_in import H100, standing_in
@@ -201,3 +201,29 @@ def test_torchs_own_are_the_same_bits_on_a_cpu_and_the_explicit_attention_the_sa
         assert torch.equal(model(tokens(2, 9)), before)
     with dispatch.preferring(attention="reference"):
         torch.testing.assert_close(model(tokens(2, 9)), before)
+
+
+@pytest.mark.parametrize(
+    ("words", "kernel", "norms"),
+    [
+        ([], True, True),
+        (["ops.norm=torch"], True, False),
+        (["engine.strict=true"], False, False),
+        (["device=cpu"], False, False),
+    ],
+)
+def test_memory_is_planned_with_the_kernels_that_would_run(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], kernel: bool, norms: bool
+) -> None:
+    monkeypatch.setattr("cuda_ext.library.why_not", lambda device: "")
+    (config,) = compose("pretrain", ["tokenizer=somewhere", "data.train=[a.txt]", *words])
+    assert isinstance(config, PretrainRun)
+    numbers = plan._numbers(config)
+    assert (numbers.kernel, numbers.fused_norms) == (kernel, norms)
+    with dispatch.use("reference"):
+        assert not plan._numbers(config).kernel
+
+
+def test_strict_generation_takes_no_norms_of_apex(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused([*EVALUATE, "generation.strict=true", "ops.norm=apex"], capsys)
+    assert "ops.norm=apex does not go with strict mode (generation.strict)" in said

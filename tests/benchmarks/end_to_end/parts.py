@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from cuda_ext import library
 from cuda_ext.roofline import ceilings
 from cuda_ext.table import Table
 from framework.core import runtime
@@ -29,7 +30,8 @@ def run(parts: Sequence[str], tiny: bool, folder: Path) -> Path:
         name, limits = "CPU, tiny sizes", ceilings("cpu", size=256, gigabytes=0.01)
     else:
         name, limits = torch.get_device_module("cuda").get_device_name(here.device), ceilings("cuda")
-    bench = Bench(here, Table(folder, name, limits.facts()), limits.product, TINY_LAPS if tiny else LAPS)
+    facts = limits.facts() | {"kernels": library.why_not(0) or "built"}
+    bench = Bench(here, Table(folder, name, facts), limits.product, TINY_LAPS if tiny else LAPS)
     for part in parts:
         measure, on_card, in_test = PARTS[part]
         for task in in_test if tiny else on_card:

@@ -48,7 +48,8 @@ class Task:
         card = torch.device("cuda", 0) if torch.accelerator.is_available() else torch.device("cpu")
         masked = not takes_documents(card, torch.bfloat16, model.head_size, model.score_cap)
         batch = Batch(micro_size, self.length, self.rows // micro_size, packed=masked)
-        bf16 = Numbers(master=4, compute=2, kernel=not library.why_not(0))
+        kernel = not library.why_not(0)
+        bf16 = Numbers(master=4, compute=2, kernel=kernel, fused_norms=kernel)
         return fullest(model, batch, ParallelConfig(), 1, bf16)
 
 
