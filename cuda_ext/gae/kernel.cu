@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMostThreads)
   SHARED(float, value_of, kWarp);
   SHARED(float, a_of, kWarp);
   SHARED(float, b_of, kWarp);
-  SHARED(bool, cut_of, kWarp);
+  SHARED(unsigned, cut_of, kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t row = blockIdx.x, start = row * length;
   float next_value = bootstrap ? bootstrap[row] : 0.0f, next_advantage = 0.0f;  // behind the tile
