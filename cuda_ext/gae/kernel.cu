@@ -11,15 +11,16 @@
 
 constexpr int kMostThreads = 512;
 
+// Two blocks a multiprocessor: for more, the compiler would save registers by spilling one.
 template <int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 2)
     gae_rows(const float* rewards, const float* values, const uint8_t* mask, const uint8_t* ends,
              const float* bootstrap, float gamma, float decay, int64_t length, float* advantages, float* returns) {
   SHARED(bool, any_of, kWarp);  // per warp: whether a position counts, the value of the first that does, its line
   SHARED(float, value_of, kWarp);
   SHARED(float, a_of, kWarp);
   SHARED(float, b_of, kWarp);
-  SHARED(unsigned, cut_of, kWarp);
+  SHARED(bool, cut_of, kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t row = blockIdx.x, start = row * length;
   float next_value = bootstrap ? bootstrap[row] : 0.0f, next_advantage = 0.0f;  // behind the tile
