@@ -66,8 +66,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const unsigned cuts = __ballot_sync(~0u, cut);
     for (int distance = 1; distance < kWarp; distance *= 2) {
       const float a_behind = __shfl_up_sync(~0u, a, distance), b_behind = __shfl_up_sync(~0u, b, distance);
+      if (lane < distance) continue;
       const unsigned mine = ((1u << distance) - 1) << (lane - distance + 1);  // lanes that a line spans so far
-      if (lane < distance || (cuts & mine)) continue;
+      if (cuts & mine) continue;
       b += a * b_behind;
       a *= a_behind;
     }
