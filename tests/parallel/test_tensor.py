@@ -103,8 +103,10 @@ def _clipped(log_probs: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[T
 
 
 def _by_kernels(runtime: Runtime) -> dict[str, Tensor]:
-    """The pointwise loss, chunk by chunk and through all log-probs, and their gradients, on the emulator in fp32. Shards
-    of 18 and 19 rows would go in chunks of 4 and 5 labels, and not be gathered equally often, if each chose alone."""
+    """The pointwise loss, chunk by chunk and through all log-probs, and their gradients, on the emulator in fp32.
+
+    Shards of 18 and 19 rows would go in chunks of 4 and 5 labels, and not be gathered equally often, if each chose
+    alone."""
     for module in (op, token_loss, tensor):
         module.rows_of = lambda vocabulary: 4 + vocabulary % 2  # type: ignore[attr-defined]
     ranks = build_mesh(ParallelConfig("tp", tensor=0), runtime).ranks("tensor")
