@@ -46,12 +46,8 @@ def attention(
     multiple of 8 (else a CPU matmul's bits depend on where a row starts).
     """
     found = None if strict or mask is not None else _library(q, k, v, cap, causal, documents is not None)
-    if isinstance(found, flash.Version):
-        dispatch.announce("attention", found.runs)
-        return (_by_flash_outside if found.opaque else by_flash)(found, q, k, v, documents, causal, scale, cap)
-    if documents is not None and found is _VARLEN:
-        dispatch.announce("attention", _VARLEN)
-        return by_varlen(q, k, v, documents, causal, scale)
+    if found is not None:
+        return _by_library(found, q, k, v, documents, causal, scale, cap)
     if documents is not None:
         mask, causal = documents.mask(len(q), q.shape[1], causal), False
     if strict:
@@ -108,6 +104,24 @@ def varlen_takes(card: flash.Card, dtype: torch.dtype, size: int) -> bool:
     if varlen_attn is None or not inspect.signature(varlen_attn).parameters.keys() >= _WORDS:
         return False
     return card >= (8, 0) and flash.is_half(dtype) and size % 8 == 0 and 8 <= size <= 256
+
+
+def _by_library(
+    found: flash.Version | Implementation,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None,
+    causal: bool,
+    scale: float | None,
+    cap: float,
+) -> Tensor:
+    if isinstance(found, flash.Version):
+        dispatch.announce("attention", found.runs)
+        return (_by_flash_outside if found.opaque else by_flash)(found, q, k, v, documents, causal, scale, cap)
+    assert documents is not None, "varlen_attn is for packed rows"
+    dispatch.announce("attention", found)
+    return by_varlen(q, k, v, documents, causal, scale)
 
 
 def by_flash(
