@@ -250,20 +250,15 @@ class Transformer(nn.Module):
     def _unmasked(self, hidden: Tensor, document_ids: Tensor | None, length: int) -> tuple[View, View] | None:
         """What layers without and with a window see, in documents; None where that takes a mask, or nothing at all."""
         window = self.config.window if self.config.window < length else 0
-        kinds = self.config.head_size, self.config.score_cap
-        if self.strict or not takes_documents(hidden.device, hidden.dtype, *kinds):
+        masked = self.strict or self.config.position.adds_to_scores or not isinstance(self.mask, DocumentMask)
+        if masked or (document_ids is None and not window):
             return None
-        if (
-            self.config.position.adds_to_scores
-            or not isinstance(self.mask, DocumentMask)
-            or (document_ids is None and not window)
-        ):
+        if not takes_documents(hidden.device, hidden.dtype, self.config.head_size, self.config.score_cap):
             return None
-        alone = document_ids is None
         rows = whole_rows(len(hidden), length, hidden.device) if document_ids is None else find_documents(document_ids)
         if rows is None:
             return None
-        whole = View(None, not self._encodes, None if alone else rows)
+        whole = View(None, not self._encodes, None if document_ids is None else rows)
         return whole, View(None, whole.causal, replace(rows, window=window)) if window else whole
 
     def _tables(

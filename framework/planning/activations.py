@@ -43,7 +43,7 @@ class Load:
     context: int = 1
     ring: bool = True  # how context ranks attend
     kernel: bool = False  # those of cuda_ext run
-    fused_norms: bool = False
+    fused_norms: bool = False  # theirs, or another library's
 
     @property
     def places(self) -> int:
